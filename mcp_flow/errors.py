@@ -105,7 +105,7 @@ class RequestExpired(FlowError):
     """Nobody answered in time and the workflow gave no default."""
 
 
-class Retriable(Exception):  # noqa: N818 (a word of the authoring API, not a condition of ours)
+class Retriable(Exception):
     """Raised by a step to say that it had no effect and may be tried again."""
 
 

@@ -1,0 +1,238 @@
+"""The one thread of a process that uses the database: jobs in order, adjacent writes sharing a commit.
+
+Every write transaction, open and close holds an exclusive file lock as well. Measured against SQLite's own busy
+handler it is fairer between processes and never stalls for a second; and the lock's file names its holder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import queue
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from mcp_flow.errors import StoreError
+
+T = TypeVar("T")
+HELD_TOO_LONG = 5.0
+_BATCH = 256
+"""How many writes may share a commit; more would make the first of them wait for the last."""
+
+
+class WriteLock:
+    """The exclusive lock of a home folder's writers; its file names the holder."""
+
+    def __init__(self, path: Path, holder: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._name = f"{os.getpid()} {holder}".ljust(64).encode()
+
+    def __enter__(self) -> None:
+        pause, deadline = 0.0002, 0.0
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                now = time.monotonic()
+                deadline = deadline or now + HELD_TOO_LONG
+                if now > deadline:
+                    self._end_holder()
+                    deadline = now + HELD_TOO_LONG
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.003)
+        os.pwrite(self._fd, self._name, 0)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._fd)
+
+    def _end_holder(self) -> None:
+        """Kill a worker that has held the lock too long; raise `StoreError` naming any other holder."""
+        pid, _, role = os.pread(self._fd, 64, 0).decode(errors="replace").strip().partition(" ")
+        if role == "worker" and pid.isdigit() and int(pid) != os.getpid():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+            return
+        raise StoreError(
+            f"Process {pid or '?'} ({role or 'unknown'}) has held the journal's write lock for {HELD_TOO_LONG:g} s. "
+            f"If it is stopped, let it go on (kill -CONT {pid}) or end it, then try again."
+        )
+
+
+class Connection(Protocol):
+    """What the thread needs of a database: to open and close it, and the frame of a write transaction."""
+
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def begin(self) -> None: ...
+    def savepoint(self) -> None: ...
+    def rollback_savepoint(self) -> None: ...
+    def release_savepoint(self) -> None: ...
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+
+
+class _Job:
+    __slots__ = ("body", "error", "future", "result", "write")
+
+    def __init__(self, body: Callable[[], Any], write: bool, future: asyncio.Future[Any] | None) -> None:
+        self.body = body
+        self.write = write
+        self.future = future
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+_NOTHING_MORE = _Job(lambda: None, False, None)
+
+
+class CommitThread:
+    """Runs jobs against a `Connection` in a thread of its own."""
+
+    def __init__(self, connection: Connection, lock: WriteLock, explain: Callable[[sqlite3.Error], StoreError]) -> None:
+        self._connection = connection
+        self._lock = lock
+        self._explain = explain
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="mcp-flow store", daemon=True)
+
+    async def start(self) -> None:
+        """Start the thread and open the database; raises `StoreError`."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        await self._submit(self._open, write=False)
+
+    async def stop(self) -> None:
+        """Close the database after the jobs at hand, and end the thread."""
+        await self._submit(self._close, write=False)
+        self._jobs.put(None)
+        self._thread.join(timeout=5)
+
+    async def read(self, body: Callable[[], T]) -> T:
+        """Run `body` outside a transaction."""
+        return await self._submit(body, write=False)
+
+    async def write(self, body: Callable[[], T]) -> T:
+        """Run `body` in a write transaction and return once it is durable; an error undoes `body` alone."""
+        return await self._submit(body, write=True)
+
+    def write_soon(self, body: Callable[[], Any]) -> None:
+        """Queue a write from any thread without waiting for it; its errors are dropped."""
+        self._jobs.put(_Job(body, True, None))
+
+    async def _submit(self, body: Callable[[], T], *, write: bool) -> T:
+        assert self._loop
+        future: asyncio.Future[T] = self._loop.create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._jobs.put(_Job(body, write, future))
+        # A write that was queued will happen: whoever stops waiting must not leave a half-told story, so the
+        # future is left to itself and only the waiting ends.
+        return await asyncio.shield(future)
+
+    def _open(self) -> None:
+        with self._lock, self._explained():
+            self._connection.open()
+
+    def _close(self) -> None:
+        with self._lock, self._explained():
+            self._connection.close()
+
+    def _work(self) -> None:
+        job = self._jobs.get()
+        while job is not None:
+            if job.write:
+                batch, job = self._gather(job)
+                self._commit(batch)
+                self._deliver(batch)
+                if job is _NOTHING_MORE:
+                    job = self._jobs.get()
+            else:
+                self._run(job)
+                self._deliver([job])
+                job = self._jobs.get()
+
+    def _gather(self, first: _Job) -> tuple[list[_Job], _Job | None]:
+        """The writes that are queued behind `first` without a gap, and what comes after them."""
+        batch = [first]
+        while len(batch) < _BATCH:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is None or not job.write:
+                return batch, job
+            batch.append(job)
+        return batch, _NOTHING_MORE
+
+    def _run(self, job: _Job) -> None:
+        try:
+            with self._explained():
+                job.result = job.body()
+        except BaseException as error:  # the boundary to the thread: whoever waits gets it
+            job.error = error
+
+    def _commit(self, batch: list[_Job]) -> None:
+        try:
+            with self._lock, self._explained():
+                self._connection.begin()
+                try:
+                    for job in batch:
+                        self._run_in_savepoint(job)
+                    self._connection.commit()
+                except BaseException:
+                    self._connection.rollback()
+                    raise
+        except BaseException as error:  # the boundary to the thread: whoever waits gets it
+            for job in batch:
+                job.error = job.error or error
+
+    def _run_in_savepoint(self, job: _Job) -> None:
+        self._connection.savepoint()
+        try:
+            job.result = job.body()
+        except sqlite3.DatabaseError as error:
+            if not isinstance(error, sqlite3.IntegrityError):
+                raise
+            job.error = self._explain(error)
+            self._connection.rollback_savepoint()
+        except Exception as error:  # the job's own condition: it is undone, the batch goes on
+            job.error = error
+            self._connection.rollback_savepoint()
+        self._connection.release_savepoint()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    def _deliver(self, batch: list[_Job]) -> None:
+        assert self._loop
+        waited = [job for job in batch if job.future is not None]
+        if waited:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(_settle, waited)
+
+
+def _settle(batch: list[_Job]) -> None:
+    for job in batch:
+        future = job.future
+        if future is None or future.done():
+            continue
+        if job.error is not None:
+            future.set_exception(job.error)
+        else:
+            future.set_result(job.result)

@@ -1,0 +1,95 @@
+"""Canonical values and their hashes: whether a step was reached with the arguments that it finished with. Pure.
+
+What is compared is data; anything else (pages, functions, iterators) counts as its type alone and is never iterated,
+because looking into it could consume it or differ between processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel, SecretBytes, SecretStr
+
+_TEXTUAL = (datetime, date, time, timedelta, Decimal, UUID, PurePath)
+_DEPTH = 64
+
+
+def of_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """The fingerprint of calling `fn(*args)`: arguments, closure cells, and a local function's defaults."""
+    parts: list[Any] = [args]
+    while isinstance(fn, functools.partial):
+        parts.append([fn.args, fn.keywords])
+        fn = fn.func
+    code = getattr(fn, "__code__", None)
+    if cells := getattr(fn, "__closure__", None):
+        parts.append([_cell(cell) for cell in cells])
+    if code is not None and (code.co_name == "<lambda>" or "<locals>" in getattr(fn, "__qualname__", "")):
+        parts.append([getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)])
+    return of(parts)
+
+
+def of(value: Any) -> str:
+    """The sha256 of `value`'s canonical JSON, in hex, cut to 32 digits: 128 bits tell any two arguments apart."""
+    text = json.dumps(canonical(value), separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def canonical(value: Any, _depth: int = 0) -> Any:
+    """`value` as JSON that is the same in every process; tagged where two kinds could look alike."""
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return ["float", repr(value)]
+    if _depth > _DEPTH:
+        return ["deep"]
+    if isinstance(value, list | tuple):
+        return ["list", *(canonical(item, _depth + 1) for item in value)]
+    if isinstance(value, Enum):
+        return ["text", kind.__qualname__, value.name]
+    if isinstance(value, SecretStr | SecretBytes):
+        return ["type", kind.__qualname__]
+    if isinstance(value, dict):
+        return [
+            "dict",
+            *_sorted([[canonical(k, _depth + 1), canonical(v, _depth + 1)] for k, v in value.items()]),
+        ]
+    if isinstance(value, set | frozenset):
+        return ["set", *_sorted([canonical(item, _depth + 1) for item in value])]
+    if isinstance(value, bytes | bytearray):
+        return ["bytes", bytes(value).hex()]
+    if isinstance(value, _TEXTUAL):
+        return ["text", kind.__qualname__, str(value)]
+    if isinstance(value, BaseModel):
+        return ["model", kind.__qualname__, _fields(value.__dict__ | (value.model_extra or {}), _depth)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        return ["model", kind.__qualname__, _fields(fields, _depth)]
+    if isinstance(value, bool | int | float | str):  # a subclass of one of them: by value all the same
+        return ["text", kind.__qualname__, str(value)]
+    return ["type", f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"]
+
+
+def _fields(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    return {name: canonical(value, depth + 1) for name, value in fields.items()}
+
+
+def _sorted(items: list[Any]) -> list[Any]:
+    return sorted(items, key=lambda item: json.dumps(item, sort_keys=True))
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None

@@ -1,0 +1,432 @@
+"""What a run is: the fold of its events, which event may follow, and what its status means. Pure.
+
+`Run` is advanced in place, event by event, because copying a thousand steps for each event would make a run
+quadratic. Whoever holds a `Run` advances it or only reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from mcp_flow import events as ev
+from mcp_flow.errors import IllegalEvent, LeaseLost
+
+Status = Literal[
+    "queued",
+    "running",
+    "paused",
+    "waiting-input",
+    "waiting-approval",
+    "waiting-event",
+    "waiting-timer",
+    "in-doubt",
+    "hijacked",
+    "failed",
+    "finished",
+    "cancelled",
+    "continued",
+]
+TERMINAL: frozenset[Status] = frozenset({"finished", "cancelled", "continued"})
+
+# The status of a run whose branches all wait: the first kind that holds. `failed` and `hijacked` are no
+# requests; their places among these are in `Run.status`.
+_WAITING: tuple[tuple[ev.RequestKind, Status], ...] = (
+    ("approval", "waiting-approval"),
+    ("input", "waiting-input"),
+    ("pause", "paused"),
+    ("event", "waiting-event"),
+    ("timer", "waiting-timer"),
+    ("takeover", "paused"),
+)
+
+_AFTER_END = (
+    ev.RunClaimed,
+    ev.RunReleased,
+    ev.PageClosed,
+    ev.PageObserved,
+    ev.PageEvaluated,
+    ev.ArtifactKept,
+)
+_OWNERS_ONLY = (
+    ev.RunReleased,
+    ev.AttemptStarted,
+    ev.AttemptIdled,
+    ev.RunFailed,
+    ev.RunFinished,
+    ev.StepStarted,
+    ev.StepFinished,
+    ev.StepFailed,
+    ev.StepNondeterministic,
+    ev.ValueRecorded,
+    ev.RequestOpened,
+    ev.PageOpened,
+    ev.PageAttached,
+    ev.Logged,
+    ev.ProgressReported,
+)
+
+
+@dataclass(slots=True)
+class Step:
+    """A step, or a fixed value, as the journal has it in its present generation."""
+
+    key: str
+    first_seq: int
+    generation: int = 0
+    status: Literal["started", "finished", "failed", "reset"] = "started"
+    fingerprint: str = ""
+    tries: int = 0
+    once: bool = False
+    restore: bool = False
+    effect_free: bool = False
+    value: Any = None
+    error: ev.Failure | None = None
+    url: str | None = None
+    ms: float = 0.0
+    revision: str = ""
+    started_at: str = ""
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it may have had its effect without a record of its end."""
+        return self.once and (self.status == "started" or (self.status == "failed" and not self.effect_free))
+
+
+@dataclass(slots=True)
+class Request:
+    """Something the run waits for, or waited for."""
+
+    opened: ev.RequestOpened
+    seq: int
+    at: str
+    status: Literal["open", "answered", "expired", "withdrawn"] = "open"
+    settled_seq: int = 0
+    value: Any = None
+    note: str | None = None
+    by: str | None = None
+    via: str | None = None
+
+
+@dataclass(slots=True)
+class Hijack:
+    """Who has, or is about to have, the page; `stopped` says where the code stands once it does."""
+
+    requested: ev.HijackRequested
+    at: str
+    stopped: ev.RunHijacked | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """A run as far as its journal goes."""
+
+    run_id: str
+    seq: int = 0
+    created: ev.RunCreated | None = None
+    created_at: str = ""
+    updated_at: str = ""
+    revision: str = ""
+    epoch: int = 0
+    owner: str | None = None
+    attempt: int = 0
+    active: bool = False
+    idle: bool = False
+    ended: Status | None = None
+    error: ev.Failure | None = None
+    output: Any = None
+    reason: str | None = None
+    steps: dict[str, Step] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
+    waits: dict[str, str] = field(default_factory=dict)
+    """The latest request of each key."""
+    unanswered: dict[str, Request] = field(default_factory=dict)
+    generations: dict[str, int] = field(default_factory=dict)
+    """How often each key was reset; absent is 0."""
+    remarks: set[str] = field(default_factory=set)
+    """The keys of log lines, progress and attachments that need no second entry."""
+    pages: dict[str, str] = field(default_factory=dict)
+    page_state: ev.PageState | None = None
+    page_since: str | None = None
+    hijack: Hijack | None = None
+    artifacts: list[str] = field(default_factory=list)
+    progress: ev.ProgressReported | None = None
+    blocked: ev.WorkerBlocked | None = None
+    anew: bool = False
+    """Whether anything that had finished before was reset since the attempt began."""
+
+    @property
+    def status(self) -> Status:
+        """The one status of the run, in DESIGN's order of precedence."""
+        if self.ended:
+            return self.ended
+        if self.hijack and self.hijack.stopped:
+            return "hijacked"
+        if not self.idle:
+            return "running" if self.owner else "queued"
+        open_kinds = {request.opened.kind for request in self.open_requests()}
+        if "in-doubt" in open_kinds:
+            return "in-doubt"
+        if self.error:
+            return "failed"
+        return next((status for kind, status in _WAITING if kind in open_kinds), "queued")
+
+    @property
+    def wants_worker(self) -> bool:
+        """Whether there is work that only a worker can do: code to run, or a page of an ended run to close."""
+        if self.ended:
+            return bool(self.pages)
+        return not self.idle and not (self.hijack and self.hijack.stopped)
+
+    @property
+    def due(self) -> datetime | None:
+        """The next deadline of an open request."""
+        return min((r.opened.expires for r in self.open_requests() if r.opened.expires), default=None)
+
+    def open_requests(self) -> list[Request]:
+        """What the run waits for, oldest first."""
+        return list(self.unanswered.values())
+
+    def running_steps(self) -> list[Step]:
+        """The steps whose try is in flight, or was when the worker died."""
+        return [step for step in self.steps.values() if step.status == "started"]
+
+    def generation(self, key: str) -> int:
+        """How often `key` was reset."""
+        return self.generations.get(key, 0)
+
+    def wait(self, key: str) -> Request | None:
+        """The request of `key` in its present generation, unless it was withdrawn."""
+        request = self.requests.get(self.waits.get(key, ""))
+        if request is None or request.status == "withdrawn" or request.opened.generation != self.generation(key):
+            return None
+        return request
+
+    def advance(self, recorded: ev.Recorded) -> None:
+        """Take in the next event; raises `IllegalEvent` or `LeaseLost` and changes nothing if it can't follow."""
+        if recorded.seq != self.seq + 1:
+            raise IllegalEvent(f"Run {self.run_id}: event {recorded.seq} can't follow event {self.seq}.")
+        self.check(recorded.event, recorded.epoch)
+        self._apply(recorded)
+        self.seq = recorded.seq
+        self.updated_at = recorded.at
+
+    def check(self, event: ev.Event, epoch: int | None) -> None:
+        """Raise `IllegalEvent` or `LeaseLost` unless `event`, written under `epoch`, may be the next one."""
+        if (self.created is None) is not isinstance(event, ev.RunCreated):
+            raise self._illegal(event, "a journal begins with run.created, once")
+        if self.ended and not isinstance(event, _AFTER_END):
+            raise self._illegal(event, f"the run is {self.ended}")
+        self._check_epoch(event, epoch)
+        match event:
+            case ev.AttemptStarted() if event.attempt != self.attempt + 1:
+                raise self._illegal(event, f"attempt {self.attempt + 1} is the next")
+            case ev.AttemptIdled() | ev.RunFailed() | ev.RunFinished() | ev.ValueRecorded() | ev.RequestOpened() if (
+                not self.active
+            ):
+                raise self._illegal(event, "no attempt is under way")
+            case ev.RunFinished() if self.open_requests():
+                raise self._illegal(event, "requests are still open")
+            case ev.RunResumed() if not self.idle and self.owner:
+                raise self._illegal(event, "it is running")
+            case ev.StepStarted() | ev.StepFinished() | ev.StepFailed() | ev.StepReset() | ev.StepNondeterministic():
+                self._check_step(event)
+            case ev.RequestOpened() if event.request_id in self.requests:
+                raise self._illegal(event, f"request {event.request_id} is there already")
+            case ev.RequestOpened() if event.generation != self.generation(event.key):
+                raise self._illegal(event, f"{event.key} is in generation {self.generation(event.key)}")
+            case ev.RequestOpened() if self.wait(event.key):
+                raise self._illegal(event, f"{event.key} has a request in this generation")
+            case ev.RequestAnswered() | ev.RequestExpired() | ev.RequestWithdrawn():
+                request = self.requests.get(event.request_id)
+                if event.request_id not in self.unanswered:
+                    state = "unknown" if request is None else request.status
+                    raise self._illegal(event, f"request {event.request_id} is {state}")
+            case ev.HijackRequested() if self.hijack:
+                raise self._illegal(event, f"the page is held already: {self.hijack.requested.reason}")
+            case ev.RunHijacked() if self.hijack is None or self.hijack.stopped:
+                raise self._illegal(event, "no hijack was requested")
+            case ev.HijackReleased() if self.hijack is None:
+                raise self._illegal(event, "nobody holds the page")
+
+    def _check_epoch(self, event: ev.Event, epoch: int | None) -> None:
+        if isinstance(event, ev.RunClaimed):
+            if epoch != self.epoch + 1:
+                raise LeaseLost(f"Run {self.run_id} was claimed by another worker (epoch {self.epoch}).")
+        elif epoch is not None and (epoch != self.epoch or self.owner is None):
+            raise LeaseLost(
+                f"Run {self.run_id}: the lease of epoch {epoch} is over (epoch {self.epoch}, owner "
+                f"{self.owner or 'nobody'}); its {event.type} was refused."
+            )
+        elif epoch is None and isinstance(event, _OWNERS_ONLY):
+            raise self._illegal(event, "only the run's owner writes it")
+
+    def _check_step(
+        self, event: ev.StepStarted | ev.StepFinished | ev.StepFailed | ev.StepReset | ev.StepNondeterministic
+    ) -> None:
+        step = self.steps.get(event.key)
+        if isinstance(event, ev.StepReset):
+            if event.generation != self.generation(event.key) + 1:
+                raise self._illegal(event, f"{event.key} is in generation {self.generation(event.key)}")
+            return
+        if not self.active:
+            raise self._illegal(event, "no attempt is under way")
+        if isinstance(event, ev.StepNondeterministic):
+            if step is None or step.status != "finished":
+                raise self._illegal(event, f"{event.key} has not finished")
+            return
+        if event.generation != self.generation(event.key):
+            raise self._illegal(event, f"{event.key} is in generation {self.generation(event.key)}")
+        if isinstance(event, ev.StepStarted):
+            if step and step.status == "finished":
+                raise self._illegal(event, f"{event.key} has finished and is never done twice")
+            if step and step.in_doubt:
+                raise self._illegal(event, f"{event.key} may have had its effect and runs only once")
+        elif step is None or step.status not in ("started", "failed"):
+            raise self._illegal(event, f"{event.key} was not started")
+
+    def _illegal(self, event: ev.Event, why: str) -> IllegalEvent:
+        return IllegalEvent(
+            f"Run {self.run_id}, {self.status if self.created else 'new'}: {event.type} can't follow; {why}."
+        )
+
+    def _apply(self, recorded: ev.Recorded) -> None:
+        match recorded.event:
+            case ev.StepStarted() as event:
+                self._start_step(event, recorded)
+            case ev.StepFinished() as event:
+                step = self.steps[event.key]
+                step.status, step.value, step.ms, step.error = "finished", event.value, event.ms, None
+                step.revision = self.revision
+            case ev.StepFailed() as event:
+                step = self.steps[event.key]
+                step.status, step.error, step.effect_free = "failed", event.error, event.effect_free
+            case ev.StepReset() as event:
+                self._reset(event)
+            case ev.ValueRecorded() as event:
+                self.steps[event.key] = Step(
+                    event.key,
+                    recorded.seq,
+                    self.generation(event.key),
+                    "finished",
+                    value=event.value,
+                    revision=self.revision,
+                    started_at=recorded.at,
+                )
+            case ev.RequestOpened() as event:
+                request = Request(event, recorded.seq, recorded.at)
+                self.requests[event.request_id] = self.unanswered[event.request_id] = request
+                self.waits[event.key] = event.request_id
+            case ev.RequestAnswered() as event:
+                request = self.unanswered.pop(event.request_id)
+                request.status, request.value, request.note = "answered", event.value, event.note
+                request.by, request.via, request.settled_seq = event.by, event.via, recorded.seq
+                self._wake()
+            case ev.RequestExpired() as event:
+                request = self.unanswered.pop(event.request_id)
+                request.status, request.settled_seq = "expired", recorded.seq
+                self._wake()
+            case ev.RequestWithdrawn() as event:
+                request = self.unanswered.pop(event.request_id)
+                request.status, request.settled_seq = "withdrawn", recorded.seq
+            case ev.Logged() as event:
+                self.remarks.add(event.key)
+            case ev.ProgressReported() as event:
+                self.progress = event
+                self.remarks.add(event.key)
+            case ev.ArtifactKept() as event:
+                self.artifacts.append(event.file)
+                if event.key:
+                    self.remarks.add(event.key)
+            case ev.PageOpened() as event:
+                self.pages[event.name] = event.target_id
+                if self.page_state is None:
+                    self.page_state, self.page_since = "live", recorded.at
+            case ev.PageAttached() as event:
+                self.page_state, self.page_since = event.state, recorded.at
+            case ev.PageClosed() as event:
+                if event.name is None:
+                    self.pages.clear()
+                else:
+                    self.pages.pop(event.name, None)
+            case ev.HijackRequested() as event:
+                self.hijack = Hijack(event, recorded.at)
+            case ev.RunHijacked() as event:
+                assert self.hijack
+                self.hijack.stopped = event
+            case ev.HijackReleased():
+                self.hijack = None
+            case ev.WorkerBlocked() as event:
+                self.blocked = event
+            case _:
+                self._move(recorded)
+
+    def _move(self, recorded: ev.Recorded) -> None:
+        """Take in the events by which a run changes hands, starts, stops and ends."""
+        match recorded.event:
+            case ev.RunCreated() as event:
+                self.created, self.created_at, self.revision = event, recorded.at, event.revision
+            case ev.RunClaimed() as event:
+                assert recorded.epoch is not None
+                self.epoch, self.owner, self.active = recorded.epoch, event.worker, False
+            case ev.RunReleased():
+                self.owner, self.active = None, False
+            case ev.AttemptStarted() as event:
+                self.attempt, self.revision, self.active, self.idle = (
+                    event.attempt,
+                    event.revision,
+                    True,
+                    False,
+                )
+                self.blocked, self.error = None, None
+            case ev.AttemptIdled():
+                self.idle = self.idle or bool(self.open_requests())
+                self.anew = False
+            case ev.RunResumed() as event:
+                self.revision, self.error, self.idle, self.active = event.revision, None, False, False
+            case ev.RunFailed() as event:
+                self.error, self.idle, self.active, self.owner, self.anew = (
+                    event.error,
+                    True,
+                    False,
+                    None,
+                    False,
+                )
+            case ev.RunFinished() as event:
+                self._end("finished")
+                self.output = event.output
+            case ev.RunCancelled() as event:
+                self._end("cancelled")
+                self.reason = event.reason
+
+    def _start_step(self, event: ev.StepStarted, recorded: ev.Recorded) -> None:
+        step = self.steps.get(event.key)
+        if step is None:
+            step = self.steps[event.key] = Step(event.key, recorded.seq, url=event.url)
+        step.status, step.generation, step.fingerprint = "started", event.generation, event.fingerprint
+        step.tries, step.once, step.restore = event.number, event.once, event.restore
+        step.started_at, step.error, step.effect_free = recorded.at, None, False
+
+    def _reset(self, event: ev.StepReset) -> None:
+        self.generations[event.key] = event.generation
+        self.anew = True
+        if step := self.steps.get(event.key):
+            step.status, step.generation, step.value, step.error = "reset", event.generation, None, None
+
+    def _wake(self) -> None:
+        """Let the run go on with an answer, unless it failed: a failure waits for `resume`."""
+        if self.error is None:
+            self.idle = False
+
+    def _end(self, status: Status) -> None:
+        self.ended, self.active, self.idle, self.owner, self.error = status, False, True, None, None
+
+
+def fold(run_id: str, journal: Iterable[ev.Recorded]) -> Run:
+    """The run that a journal tells of; raises `IllegalEvent` or `LeaseLost` at the first event that can't be."""
+    run = Run(run_id)
+    for recorded in journal:
+        run.advance(recorded)
+    return run

@@ -1,0 +1,690 @@
+"""The only SQL: append to journals, load them, claim runs, list requests, keep revisions and checkpoints.
+
+The journal (`journals`, `events`) is the truth. `run_rows` and `request_rows` are projections of it, written in the
+transaction of the event and made anew by `rebuild`. People with SQL read the views `runs`, `steps` and `requests`.
+Nothing outside this module knows that it is SQLite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlite_utils import Database, Migrations
+
+from mcp_flow import events as ev
+from mcp_flow.commits import CommitThread, WriteLock
+from mcp_flow.config import Settings, check_id, private_folder
+from mcp_flow.errors import BrokenChain, Conflict, FlowError, IllegalEvent, StoreError, UnknownRun
+from mcp_flow.run import Run
+
+T = TypeVar("T")
+SCHEMA_VERSION = 1
+_CACHED_RUNS = 512
+_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "fuse.sshfs", "ceph"}
+
+migrations = Migrations("mcp-flow")
+
+
+@migrations()
+def m001_journal(db: Database) -> None:
+    """The journal, and what is kept beside it."""
+    for statement in _JOURNAL.split(";\n"):
+        db.execute(statement)
+    for statement in _PROJECTIONS.split(";\n"):
+        db.execute(statement)
+
+
+_JOURNAL = """
+CREATE TABLE journals (no INTEGER PRIMARY KEY, run_id TEXT NOT NULL UNIQUE);
+CREATE TABLE events (
+  run INTEGER NOT NULL REFERENCES journals(no), seq INTEGER NOT NULL, at TEXT NOT NULL, epoch INTEGER,
+  type TEXT NOT NULL, data TEXT NOT NULL, hash BLOB NOT NULL, PRIMARY KEY (run, seq)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX one_result ON events (run, data ->> 'key', ifnull(data ->> 'generation', 0))
+  WHERE type = 'step.finished';
+CREATE UNIQUE INDEX one_request ON events (run, data ->> 'key', ifnull(data ->> 'generation', 0), data ->> 'request_id')
+  WHERE type = 'request.opened';
+CREATE TABLE revisions (hash TEXT PRIMARY KEY, entry TEXT NOT NULL, files BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE checkpoints (run INTEGER PRIMARY KEY REFERENCES journals(no), at TEXT NOT NULL, data TEXT NOT NULL);
+CREATE TABLE beats (worker TEXT PRIMARY KEY, pid INTEGER NOT NULL, beat INTEGER NOT NULL) WITHOUT ROWID
+"""
+
+_PROJECTIONS = """
+CREATE TABLE IF NOT EXISTS run_rows (
+  run INTEGER PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, wants_worker INTEGER NOT NULL, owner TEXT,
+  epoch INTEGER NOT NULL, attempt INTEGER NOT NULL, created_at TEXT NOT NULL, why TEXT, has_page INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS run_rows_wanting ON run_rows (run) WHERE wants_worker;
+CREATE INDEX IF NOT EXISTS run_rows_status ON run_rows (status, run);
+CREATE TABLE IF NOT EXISTS request_rows (
+  request_id TEXT PRIMARY KEY, run INTEGER NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, status TEXT NOT NULL,
+  opened_at TEXT NOT NULL, expires TEXT
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS request_rows_open ON request_rows (opened_at, request_id) WHERE status = 'open';
+CREATE INDEX IF NOT EXISTS request_rows_due ON request_rows (expires) WHERE status = 'open' AND expires IS NOT NULL;
+CREATE VIEW IF NOT EXISTS runs AS
+  SELECT j.run_id, r.workflow, r.status, r.attempt, r.epoch, r.owner, r.created_at, e.at AS updated_at, r.why
+  FROM run_rows r JOIN journals j ON j.no = r.run
+  JOIN events e ON e.run = r.run AND e.seq = (SELECT max(seq) FROM events WHERE run = r.run);
+CREATE VIEW IF NOT EXISTS steps AS
+  SELECT j.run_id, e.data ->> 'key' AS key, ifnull(e.data ->> 'generation', 0) AS generation,
+    replace(e.type, 'step.', '') AS status, e.at, e.data ->> 'value' AS value, e.data ->> 'ms' AS ms,
+    e.data ->> '$.error.message' AS error
+  FROM events e JOIN journals j ON j.no = e.run WHERE e.type IN ('step.started', 'step.finished', 'step.failed')
+  AND e.seq = (SELECT max(l.seq) FROM events l WHERE l.run = e.run AND l.type LIKE 'step.%'
+    AND l.data ->> 'key' = e.data ->> 'key');
+CREATE VIEW IF NOT EXISTS requests AS
+  SELECT q.request_id, j.run_id, q.kind, q.status, q.opened_at, q.expires, e.data ->> 'prompt' AS prompt,
+    e.data ->> 'by' AS "by"
+  FROM request_rows q JOIN journals j ON j.no = q.run JOIN events e ON e.run = q.run AND e.seq = q.seq
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A line of the registry; `at` is the time of the run's last event."""
+
+    no: int
+    run_id: str
+    workflow: str
+    status: str
+    owner: str | None
+    created_at: str
+    updated_at: str
+    step: str | None
+    why: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRow:
+    """An open request and the run that it belongs to."""
+
+    run_id: str
+    workflow: str
+    opened_at: str
+    request: ev.RequestOpened
+
+
+class _Transaction:
+    """Appends within one write transaction; lives in the store's thread."""
+
+    def __init__(self, connection: _Connection, now: Callable[[], datetime]) -> None:
+        self._connection = connection
+        self._now = now
+        self._cache: OrderedDict[str, tuple[int, bytes, Run]] = OrderedDict()
+        self._current: set[str] = set()
+        self._touched: dict[str, int] = {}
+        self._in_body: set[str] = set()
+
+    def begin(self) -> None:
+        self._current.clear()
+        self._touched.clear()
+
+    def begin_body(self) -> None:
+        self._in_body.clear()
+
+    def forget_body(self) -> None:
+        """Drop what the undone body may have folded."""
+        for run_id in self._in_body:
+            self._cache.pop(run_id, None)
+            self._current.discard(run_id)
+            self._touched.pop(run_id, None)
+
+    def forget_all(self) -> None:
+        self._cache.clear()
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        return self._connection.execute(sql, values)
+
+    def number(self, run_id: str) -> int:
+        """The number of a run's journal; raises `UnknownRun`."""
+        row = self.execute("SELECT no FROM journals WHERE run_id = ?", (run_id,)).fetchone()
+        if row is None:
+            raise UnknownRun(f"There is no run {run_id!r}. list_runs() shows the runs that there are.")
+        return int(row[0])
+
+    def fold(self, run_id: str) -> tuple[int, bytes, Run]:
+        """The run as its journal is now: `seq` and hash are read in this very transaction."""
+        cached = self._cache.get(run_id)
+        if cached is not None and run_id in self._current:
+            return cached
+        if cached is None:
+            number, tip, run = self.number(run_id), ev.genesis(run_id), Run(run_id)
+        else:
+            number, tip, run = cached
+            row = self.execute(
+                "SELECT seq, hash FROM events WHERE run = ? ORDER BY seq DESC LIMIT 1", (number,)
+            ).fetchone()
+            if row is None or row[0] < run.seq or (row[0] == run.seq and row[1] != tip):
+                number, tip, run = self.number(run_id), ev.genesis(run_id), Run(run_id)
+        for recorded, digest in _load(self.execute, number, run.seq):
+            run.advance(recorded)
+            tip = digest
+        self._cache[run_id] = (number, tip, run)
+        self._cache.move_to_end(run_id)
+        while len(self._cache) > _CACHED_RUNS:
+            self._cache.popitem(last=False)
+        self._current.add(run_id)
+        return number, tip, run
+
+    def append(
+        self, run_id: str, prepared: Iterable[tuple[ev.Event, str]], epoch: int | None, since: int | None = None
+    ) -> list[ev.Recorded]:
+        """Append events if each may follow; returns them, and with `since` all others after it too."""
+        self._in_body.add(run_id)
+        number, tip, run = self.fold(run_id)
+        before = run.seq
+        at = self._now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        appended, rows = [], []
+        for event, data in prepared:
+            recorded = ev.Recorded(run.seq + 1, at, epoch, event)
+            run.advance(recorded)
+            tip = ev.chain(tip, recorded.seq, at, epoch, event.type, data)
+            rows.append((number, recorded.seq, at, epoch, event.type, data, tip))
+            appended.append(recorded)
+        self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        self._cache[run_id] = (number, tip, run)
+        self._touched.setdefault(run_id, before)
+        if since is not None and since < before:
+            return [recorded for recorded, _ in _load(self.execute, number, since)]
+        return appended
+
+    def project(self) -> None:
+        """Write what the touched runs look like now."""
+        for run_id, before in self._touched.items():
+            number, _, run = self._cache[run_id]
+            self.project_run(number, run, before)
+
+    def project_run(self, number: int, run: Run, before: int) -> None:
+        """Write a run's row, and those of its requests that were opened or settled after `before`."""
+        assert run.created
+        waiting = run.open_requests()
+        why = run.error.message if run.error else waiting[0].opened.prompt if waiting else run.reason
+        self.execute(
+            "INSERT INTO run_rows VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET status = excluded.status,"
+            " wants_worker = excluded.wants_worker, owner = excluded.owner, epoch = excluded.epoch,"
+            " attempt = excluded.attempt, why = excluded.why, has_page = excluded.has_page"
+            " WHERE (status, wants_worker, owner, epoch, attempt, why, has_page) IS NOT (excluded.status,"
+            " excluded.wants_worker, excluded.owner, excluded.epoch, excluded.attempt, excluded.why, excluded.has_page)",
+            (number, run.created.workflow, run.status, run.wants_worker, run.owner, run.epoch, run.attempt,
+             run.created_at, why and why[:500], bool(run.pages)),
+        )  # fmt: skip
+        for request_id, request in run.requests.items():
+            if request.seq > before:
+                expires = request.opened.expires
+                self.execute(
+                    "INSERT OR REPLACE INTO request_rows VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (request_id, number, request.seq, request.opened.kind, request.status, request.at,
+                     expires and _stamp(expires)),
+                )  # fmt: skip
+            elif request.settled_seq > before:
+                self.execute("UPDATE request_rows SET status = ? WHERE request_id = ?", (request.status, request_id))
+
+
+class _Connection:
+    """The SQLite side of the commit thread."""
+
+    def __init__(self, path: Path, now: Callable[[], datetime]) -> None:
+        self._path = path
+        self._conn: sqlite3.Connection | None = None
+        self.transaction = _Transaction(self, now)
+
+    def open(self) -> None:
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        conn = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        try:
+            conn.execute("PRAGMA journal_mode = WAL")
+            conn.execute("PRAGMA synchronous = FULL")
+            conn.execute("PRAGMA foreign_keys = ON")
+            version = conn.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise StoreError(_too_new(version))
+            if version < SCHEMA_VERSION:
+                migrations.apply(Database(conn))
+                conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except BaseException:
+            conn.close()
+            raise
+        self._conn = conn
+
+    def close(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
+            self._conn = None
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        if self._conn is None:
+            raise StoreError("The journal is closed.")
+        return self._conn.execute(sql, values)
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        assert self._conn
+        self._conn.executemany(sql, rows)
+
+    def begin(self) -> None:
+        self.execute("BEGIN IMMEDIATE")
+        version = self.execute("PRAGMA user_version").fetchone()[0]
+        if version != SCHEMA_VERSION:
+            raise StoreError(_too_new(version))
+        self.transaction.begin()
+
+    def savepoint(self) -> None:
+        self.transaction.begin_body()
+        self.execute("SAVEPOINT body")
+
+    def rollback_savepoint(self) -> None:
+        self.execute("ROLLBACK TO body")
+        self.transaction.forget_body()
+
+    def release_savepoint(self) -> None:
+        self.execute("RELEASE body")
+
+    def commit(self) -> None:
+        try:
+            self.transaction.project()
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            self.rebuild()
+        self.execute("COMMIT")
+
+    def rollback(self) -> None:
+        self.transaction.forget_all()
+        if self._conn is not None and self._conn.in_transaction:
+            self._conn.execute("ROLLBACK")
+
+    def rebuild(self) -> int:
+        """Make every projection anew from the events; returns the number of runs."""
+        for view in ("runs", "steps", "requests"):
+            self.execute(f"DROP VIEW IF EXISTS {view}")
+        for table in ("run_rows", "request_rows"):
+            self.execute(f"DROP TABLE IF EXISTS {table}")
+        for statement in _PROJECTIONS.split(";\n"):
+            self.execute(statement)
+        journals = self.execute("SELECT no, run_id FROM journals").fetchall()
+        for number, run_id in journals:
+            run = Run(run_id)
+            for recorded, _ in _load(self.execute, number, 0):
+                run.advance(recorded)
+            self.transaction.project_run(number, run, 0)
+        return len(journals)
+
+
+class Store:
+    """The journal of a home folder. Use as an async context manager; every method may raise `StoreError`."""
+
+    def __init__(self, settings: Settings, role: str, now: Callable[[], datetime] | None = None) -> None:
+        self.now = now or (lambda: datetime.now(UTC))
+        self._settings = settings
+        self._role = role
+        self._views: dict[str, Run] = {}
+        self._connection = _Connection(settings.database, self.now)
+        self._tx = self._connection.transaction
+
+    async def __aenter__(self) -> Store:
+        home = private_folder(self._settings.home)
+        _refuse_network(home)
+        try:
+            self._lock = WriteLock(home / "write.lock", self._role)
+            self._thread = CommitThread(self._connection, self._lock, self._explain)
+            await self._thread.start()
+        except OSError as error:
+            raise StoreError(f"The journal in {home} can't be opened: {error.strerror}.") from error
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._thread.stop()
+        self._lock.close()
+
+    # --- journals ---
+
+    async def create(self, run_id: str, event: ev.RunCreated) -> None:
+        """Begin a journal; raises `Conflict` when the id is in use."""
+        check_id(run_id, "run")
+        prepared = [(event, event.encoded())]
+
+        def body() -> None:
+            if self._tx.execute("SELECT 1 FROM journals WHERE run_id = ?", (run_id,)).fetchone():
+                raise Conflict(f"The run id {run_id!r} is in use. get_run(run_id={run_id!r}) shows that run.")
+            self._tx.execute("INSERT INTO journals (run_id) VALUES (?)", (run_id,))
+            self._tx.append(run_id, prepared, None)
+
+        await self._thread.write(body)
+
+    async def append(self, run_id: str, *events: ev.Event, epoch: int | None = None) -> None:
+        """Append events, all or none, and return once they are durable; raises `IllegalEvent` or `LeaseLost`."""
+        prepared = [(event, event.encoded()) for event in events]
+        view = self._views.get(run_id)
+        since = view.seq if view else None
+        self._advance(run_id, await self._thread.write(lambda: self._tx.append(run_id, prepared, epoch, since)))
+
+    async def decide(
+        self, run_id: str, plan: Callable[[Run], Sequence[ev.Event]], epoch: int | None = None
+    ) -> list[ev.Recorded]:
+        """Append what `plan` says to the run as it is in the transaction; `plan` may raise to append nothing."""
+        view = self._views.get(run_id)
+        since = view.seq if view else None
+
+        def body() -> tuple[list[ev.Recorded], int]:
+            run = self._tx.fold(run_id)[2]
+            before = run.seq
+            prepared = [(event, event.encoded()) for event in plan(run)]
+            return (self._tx.append(run_id, prepared, epoch, since) if prepared else []), before
+
+        recorded, before = await self._thread.write(body)
+        self._advance(run_id, recorded)
+        return [r for r in recorded if r.seq > before]
+
+    async def run(self, run_id: str) -> Run:
+        """The run as it is now, to be read only; raises `UnknownRun`. The same object until `forget`."""
+        view = self._views.get(run_id)
+        since = view.seq if view else 0
+
+        def body() -> list[ev.Recorded]:
+            return [recorded for recorded, _ in _load(self._tx.execute, self._tx.number(run_id), since)]
+
+        recorded = await self._thread.read(body)
+        self._views.setdefault(run_id, Run(run_id))
+        self._advance(run_id, recorded)
+        return self._views[run_id]
+
+    def forget(self, run_id: str) -> None:
+        """Drop the kept fold of a run that nobody here follows any more."""
+        self._views.pop(run_id, None)
+
+    async def events(self, run_id: str, since: int = 0, limit: int = 1000) -> list[ev.Recorded]:
+        """The events after `since`, at most `limit`; raises `UnknownRun`."""
+
+        def body() -> list[ev.Recorded]:
+            return [r for r, _ in _load(self._tx.execute, self._tx.number(run_id), since, limit)]
+
+        return await self._thread.read(body)
+
+    async def verify(self, run_id: str) -> int:
+        """Check that a journal's chain holds and folds; returns its length. Raises `BrokenChain` at the first fault."""
+
+        def body() -> int:
+            number, tip, run = self._tx.number(run_id), ev.genesis(run_id), Run(run_id)
+            rows = self._tx.execute(
+                "SELECT seq, at, epoch, type, data, hash FROM events WHERE run = ? ORDER BY seq", (number,)
+            )
+            for seq, at, epoch, type_, data, digest in rows:
+                tip = ev.chain(tip, seq, at, epoch, type_, data)
+                if seq != run.seq + 1:
+                    raise BrokenChain(f"Run {run_id}: event {run.seq + 1} is missing; the next one there is {seq}.")
+                if tip != digest:
+                    raise BrokenChain(f"Run {run_id}: event {seq} ({type_}) was changed; the chain breaks there.")
+                try:
+                    run.advance(ev.Recorded(seq, at, epoch, ev.decode(type_, data)))
+                except (FlowError, ValueError) as error:
+                    raise BrokenChain(f"Run {run_id}: event {seq} ({type_}) can't be: {error}") from error
+            return run.seq
+
+        return await self._thread.read(body)
+
+    async def rebuild(self) -> int:
+        """Make every projection anew from the events; returns the number of runs."""
+        return await self._thread.write(self._connection.rebuild)
+
+    # --- work ---
+
+    async def claim(self, worker: str, dead: Iterable[str], limit: int) -> list[tuple[str, int]]:
+        """Take up to `limit` runs that want a worker and have no living owner, oldest first; returns ids and epochs."""
+        gone = json.dumps(list(dead))
+
+        def body() -> list[tuple[str, int]]:
+            rows = self._tx.execute(
+                "SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run WHERE r.wants_worker AND"
+                " (r.owner IS NULL OR r.owner IN (SELECT value FROM json_each(?))) ORDER BY r.run LIMIT ?",
+                (gone, limit),
+            ).fetchall()
+            claimed = []
+            event = ev.RunClaimed(worker=worker)
+            for (run_id,) in rows:
+                epoch = self._tx.fold(run_id)[2].epoch + 1
+                self._tx.append(run_id, [(event, event.encoded())], epoch)
+                claimed.append((run_id, epoch))
+            return claimed
+
+        return await self._thread.write(body)
+
+    async def wanting(self, dead: Iterable[str]) -> bool:
+        """Whether any run wants a worker and has no living owner."""
+        gone = json.dumps(list(dead))
+        return await self._thread.read(
+            lambda: (
+                self._tx.execute(
+                    "SELECT 1 FROM run_rows WHERE wants_worker AND (owner IS NULL OR owner IN"
+                    " (SELECT value FROM json_each(?))) LIMIT 1",
+                    (gone,),
+                ).fetchone()
+                is not None
+            )
+        )
+
+    async def expire_due(self) -> list[str]:
+        """Expire the open requests whose deadline has passed; returns their runs."""
+
+        def due() -> list[tuple[str, str]]:
+            return self._tx.execute(
+                "SELECT j.run_id, q.request_id FROM request_rows q JOIN journals j ON j.no = q.run"
+                " WHERE q.status = 'open' AND q.expires IS NOT NULL AND q.expires <= ? LIMIT 1000",
+                (_stamp(self.now()),),
+            ).fetchall()
+
+        def body() -> list[str]:
+            expired = []
+            for run_id, request_id in due():
+                event = ev.RequestExpired(request_id=request_id)
+                try:
+                    self._tx.append(run_id, [(event, event.encoded())], None)
+                except IllegalEvent:
+                    continue
+                expired.append(run_id)
+            return expired
+
+        return await self._thread.write(body) if await self._thread.read(due) else []
+
+    async def next_due(self) -> datetime | None:
+        """The next deadline of any open request."""
+        sql = "SELECT min(expires) FROM request_rows WHERE status = 'open' AND expires IS NOT NULL"
+        row = await self._thread.read(lambda: self._tx.execute(sql).fetchone())
+        return datetime.fromisoformat(row[0]) if row[0] else None
+
+    def beat(self, worker: str) -> None:
+        """Raise the worker's counter; from any thread, without waiting."""
+        sql = "INSERT INTO beats VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET beat = beat + 1"
+        self._thread.write_soon(lambda: self._tx.execute(sql, (worker, os.getpid())))
+
+    async def beats(self) -> dict[str, tuple[int, int]]:
+        """Process id and counter of each worker that is known."""
+        rows = await self._thread.read(lambda: self._tx.execute("SELECT worker, pid, beat FROM beats").fetchall())
+        return {worker: (pid, beat) for worker, pid, beat in rows}
+
+    async def forget_worker(self, worker: str) -> None:
+        """Drop the counter of a worker that is gone."""
+        await self._thread.write(lambda: self._tx.execute("DELETE FROM beats WHERE worker = ?", (worker,)))
+
+    async def data_version(self) -> int:
+        """A number that changes when another process has written."""
+        return int(await self._thread.read(lambda: self._tx.execute("PRAGMA data_version").fetchone()[0]))
+
+    # --- the registry ---
+
+    async def list_runs(
+        self, status: Sequence[str], workflow: str | None, query: str | None, limit: int, before: int | None
+    ) -> list[RunRow]:
+        """Runs, newest first; `before` is the `no` of the last page's last row; `query` is sought in ids and whys."""
+        where, values = ["1"], list[Any]()
+        if status:
+            where.append("r.status IN (SELECT value FROM json_each(?))")
+            values.append(json.dumps(list(status)))
+        if workflow:
+            where.append("r.workflow = ?")
+            values.append(workflow)
+        if query:
+            where.append("(instr(lower(j.run_id), lower(?)) OR instr(lower(ifnull(r.why, '')), lower(?)))")
+            values += [query, query]
+        if before is not None:
+            where.append("r.run < ?")
+            values.append(before)
+        sql = (
+            "SELECT r.run, j.run_id, r.workflow, r.status, r.owner, r.created_at, (SELECT at FROM events e"
+            " WHERE e.run = r.run ORDER BY seq DESC LIMIT 1), (SELECT data ->> 'key' FROM events e WHERE e.run = r.run"
+            " AND type = 'step.started' ORDER BY seq DESC LIMIT 1), r.why FROM run_rows r"
+            f" JOIN journals j ON j.no = r.run WHERE {' AND '.join(where)} ORDER BY r.run DESC LIMIT ?"
+        )
+        rows = await self._thread.read(lambda: self._tx.execute(sql, [*values, limit]).fetchall())
+        return [RunRow(*row) for row in rows]
+
+    async def open_requests(
+        self,
+        run_id: str | None = None,
+        kinds: Sequence[str] = (),
+        limit: int = 50,
+        after: tuple[str, str] | None = None,
+    ) -> list[RequestRow]:
+        """Open requests, oldest first; `after` is the time and id of the last row of the page before."""
+        where, values = ["q.status = 'open'"], list[Any]()
+        if run_id:
+            where.append("j.run_id = ?")
+            values.append(run_id)
+        if kinds:
+            where.append("q.kind IN (SELECT value FROM json_each(?))")
+            values.append(json.dumps(list(kinds)))
+        if after:
+            where.append("(q.opened_at, q.request_id) > (?, ?)")
+            values += after
+        sql = (
+            "SELECT j.run_id, r.workflow, q.opened_at, e.data FROM request_rows q JOIN journals j ON j.no = q.run"
+            " JOIN run_rows r ON r.run = q.run JOIN events e ON e.run = q.run AND e.seq = q.seq"
+            f" WHERE {' AND '.join(where)} ORDER BY q.opened_at, q.request_id LIMIT ?"
+        )
+        rows = await self._thread.read(lambda: self._tx.execute(sql, [*values, limit]).fetchall())
+        return [RequestRow(run, workflow, at, _request(data)) for run, workflow, at, data in rows]
+
+    async def find_request(self, request_id: str) -> str | None:
+        """The run that a request belongs to, whatever became of it."""
+        sql = "SELECT j.run_id FROM request_rows q JOIN journals j ON j.no = q.run WHERE q.request_id = ?"
+        row = await self._thread.read(lambda: self._tx.execute(sql, (request_id,)).fetchone())
+        return row[0] if row else None
+
+    async def count(self) -> dict[str, int]:
+        """How many runs have each status."""
+        sql = "SELECT status, count(*) FROM run_rows GROUP BY status"
+        return dict(await self._thread.read(lambda: self._tx.execute(sql).fetchall()))
+
+    async def pages(self) -> list[tuple[str, str]]:
+        """Run id and status of each run that has a page in the browser."""
+        sql = "SELECT j.run_id, r.status FROM run_rows r JOIN journals j ON j.no = r.run WHERE r.has_page"
+        return await self._thread.read(lambda: self._tx.execute(sql).fetchall())
+
+    # --- beside the journal ---
+
+    async def save_revision(self, digest: str, entry: str, files: Mapping[str, bytes]) -> None:
+        """Keep a revision's sources under its hash."""
+        text = json.dumps({name: content.decode("utf-8", "surrogateescape") for name, content in files.items()})
+        packed = zlib.compress(text.encode("utf-8", "surrogatepass"))
+        known = "SELECT 1 FROM revisions WHERE hash = ?"
+        if not await self._thread.read(lambda: self._tx.execute(known, (digest,)).fetchone()):
+            sql = "INSERT OR IGNORE INTO revisions VALUES (?, ?, ?)"
+            await self._thread.write(lambda: self._tx.execute(sql, (digest, entry, packed)))
+
+    async def load_revision(self, digest: str) -> tuple[str, dict[str, bytes]]:
+        """Entry and sources of a kept revision; raises `StoreError` when it is not there."""
+        sql = "SELECT entry, files FROM revisions WHERE hash = ?"
+        row = await self._thread.read(lambda: self._tx.execute(sql, (digest,)).fetchone())
+        if row is None:
+            raise StoreError(f"The revision {digest[:12]} is not in the store.")
+        files = json.loads(zlib.decompress(row[1]).decode("utf-8", "surrogatepass"))
+        return row[0], {name: text.encode("utf-8", "surrogateescape") for name, text in files.items()}
+
+    async def save_checkpoint(self, run_id: str, data: str) -> None:
+        """Keep what a run's pages need to be rebuilt, in place of what was kept before."""
+        sql = "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)"
+        at = _stamp(self.now())
+        await self._thread.write(lambda: self._tx.execute(sql, (self._tx.number(run_id), at, data)))
+
+    async def load_checkpoint(self, run_id: str) -> str | None:
+        """The last checkpoint."""
+        sql = "SELECT data FROM checkpoints WHERE run = ?"
+        row = await self._thread.read(lambda: self._tx.execute(sql, (self._tx.number(run_id),)).fetchone())
+        return row[0] if row else None
+
+    async def pragmas(self) -> dict[str, Any]:
+        """The pragmas in force, for benchmarks to print."""
+        names = ("journal_mode", "synchronous", "page_size", "wal_autocheckpoint", "user_version")
+        return await self._thread.read(lambda: {n: self._tx.execute(f"PRAGMA {n}").fetchone()[0] for n in names})
+
+    # --- inside ---
+
+    def _advance(self, run_id: str, recorded: Iterable[ev.Recorded]) -> None:
+        if view := self._views.get(run_id):
+            for entry in recorded:
+                if entry.seq > view.seq:
+                    view.advance(entry)
+
+    def _explain(self, error: sqlite3.Error) -> StoreError:
+        path, text = self._settings.database, str(error)
+        if isinstance(error, sqlite3.IntegrityError):
+            return StoreError(f"The journal refused an entry that it has already: {text}.")
+        if "full" in text:
+            return StoreError(f"The disk that holds {path} is full. Nothing was lost; make room and call again.")
+        if "readonly" in text or "unable to open" in text:
+            return StoreError(
+                f"{path} can't be written to ({text}). Check its owner and mode, or choose another --home."
+            )
+        if "not a database" in text or "malformed" in text:
+            return StoreError(
+                f"{path} is damaged ({text}). Put a copy of it in its place, or move it away to begin anew."
+            )
+        if "locked" in text:
+            return StoreError(f"{path} is locked by a program that is not mcp-flow. End it and call again.")
+        return StoreError(f"{path}: {text}.")
+
+
+def _load(
+    execute: Callable[[str, Sequence[Any]], sqlite3.Cursor], number: int, since: int, limit: int = -1
+) -> Iterable[tuple[ev.Recorded, bytes]]:
+    rows = execute(
+        "SELECT seq, at, epoch, type, data, hash FROM events WHERE run = ? AND seq > ? ORDER BY seq LIMIT ?",
+        (number, since, limit),
+    )
+    for seq, at, epoch, type_, data, digest in rows.fetchall():
+        yield ev.Recorded(seq, at, epoch, ev.decode(type_, data)), digest
+
+
+def _request(data: str) -> ev.RequestOpened:
+    return ev.RequestOpened.model_validate_json(data)
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _too_new(version: int) -> str:
+    return (
+        f"The journal has schema {version} and this mcp-flow writes schema {SCHEMA_VERSION}. "
+        "Install the newer mcp-flow, and restart the client that started this one."
+    )
+
+
+def _refuse_network(home: Path) -> None:
+    """Raise `StoreError` for a home on a network file system, whose locks don't hold."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return
+    inside = [(where, kind) for where, kind in mounts if home.is_relative_to(where.replace("\\040", " "))]
+    _where, kind = max(inside, key=lambda mount: len(mount[0]), default=("", ""))
+    if kind in _NETWORK_FILE_SYSTEMS:
+        raise StoreError(f"{home} is on a network file system ({kind}), where locks don't hold. Choose a local --home.")
