@@ -98,7 +98,7 @@ _NOTHING_MORE = _Job(lambda: None, False, None)
 
 
 class CommitThread:
-    """Runs jobs against a `Connection` in a thread of its own."""
+    """Runs jobs against a `Connection` in a thread of its own, which closes the lock when it ends."""
 
     def __init__(self, connection: Connection, lock: WriteLock, explain: Callable[[sqlite3.Error], StoreError]) -> None:
         self._connection = connection
@@ -112,13 +112,19 @@ class CommitThread:
         """Start the thread and open the database; raises `StoreError`."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
-        await self._submit(self._open, write=False)
+        try:
+            await self._submit(self._open, write=False)
+        except BaseException:
+            self._jobs.put(None)
+            raise
 
     async def stop(self) -> None:
         """Close the database after the jobs at hand, and end the thread."""
-        await self._submit(self._close, write=False)
-        self._jobs.put(None)
-        self._thread.join(timeout=5)
+        try:
+            await self._submit(self._close, write=False)
+        finally:
+            self._jobs.put(None)
+            self._thread.join(timeout=5)
 
     async def read(self, body: Callable[[], T]) -> T:
         """Run `body` outside a transaction."""
@@ -132,14 +138,18 @@ class CommitThread:
         """Queue a write from any thread without waiting for it; its errors are dropped."""
         self._jobs.put(_Job(body, True, None))
 
-    async def _submit(self, body: Callable[[], T], *, write: bool) -> T:
+    def submit(self, body: Callable[[], T], *, write: bool) -> asyncio.Future[T]:
+        """Queue a job now, before anything that is queued later; the future is the loop's."""
         assert self._loop
         future: asyncio.Future[T] = self._loop.create_future()
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._jobs.put(_Job(body, write, future))
-        # A write that was queued will happen: whoever stops waiting must not leave a half-told story, so the
+        return future
+
+    async def _submit(self, body: Callable[[], T], *, write: bool) -> T:
+        # A job that was queued will happen: whoever stops waiting must not leave a half-told story, so the
         # future is left to itself and only the waiting ends.
-        return await asyncio.shield(future)
+        return await asyncio.shield(self.submit(body, write=write))
 
     def _open(self) -> None:
         with self._lock, self._explained():
@@ -150,18 +160,23 @@ class CommitThread:
             self._connection.close()
 
     def _work(self) -> None:
-        job = self._jobs.get()
-        while job is not None:
-            if job.write:
-                batch, job = self._gather(job)
-                self._commit(batch)
-                self._deliver(batch)
-                if job is _NOTHING_MORE:
+        try:
+            job = self._jobs.get()
+            while job is not None:
+                if job.write:
+                    batch, job = self._gather(job)
+                    self._commit(batch)
+                    self._deliver(batch)
+                    if job is _NOTHING_MORE:
+                        job = self._jobs.get()
+                else:
+                    self._run(job)
+                    self._deliver([job])
                     job = self._jobs.get()
-            else:
-                self._run(job)
-                self._deliver([job])
-                job = self._jobs.get()
+        finally:
+            # Here and nowhere else: a number closed under a thread that still waits for the lock may be another
+            # file by the time that the thread writes its name into it.
+            self._lock.close()
 
     def _gather(self, first: _Job) -> tuple[list[_Job], _Job | None]:
         """The writes that are queued behind `first` without a gap, and what comes after them."""
@@ -186,8 +201,8 @@ class CommitThread:
     def _commit(self, batch: list[_Job]) -> None:
         try:
             with self._lock, self._explained():
-                self._connection.begin()
                 try:
+                    self._connection.begin()
                     for job in batch:
                         self._run_in_savepoint(job)
                     self._connection.commit()

@@ -44,17 +44,19 @@ def of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def canonical(value: Any, _depth: int = 0) -> Any:
+def canonical(value: Any, _above: tuple[int, ...] = ()) -> Any:
     """`value` as JSON that is the same in every process; tagged where two kinds could look alike."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
     if kind is float:
         return ["float", repr(value)]
-    if _depth > _DEPTH:
+    # What holds itself is told from its own path: two such references a level would double the work at each level.
+    if len(_above) > _DEPTH or id(value) in _above:
         return ["deep"]
+    within = (*_above, id(value))
     if isinstance(value, list | tuple):
-        return ["list", *(canonical(item, _depth + 1) for item in value)]
+        return ["list", *(canonical(item, within) for item in value)]
     if isinstance(value, Enum):
         return ["text", kind.__qualname__, value.name]
     if isinstance(value, SecretStr | SecretBytes):
@@ -62,26 +64,27 @@ def canonical(value: Any, _depth: int = 0) -> Any:
     if isinstance(value, dict):
         return [
             "dict",
-            *_sorted([[canonical(k, _depth + 1), canonical(v, _depth + 1)] for k, v in value.items()]),
+            *_sorted([[canonical(k, within), canonical(v, within)] for k, v in value.items()]),
         ]
     if isinstance(value, set | frozenset):
-        return ["set", *_sorted([canonical(item, _depth + 1) for item in value])]
+        return ["set", *_sorted([canonical(item, within) for item in value])]
     if isinstance(value, bytes | bytearray):
         return ["bytes", bytes(value).hex()]
     if isinstance(value, _TEXTUAL):
         return ["text", kind.__qualname__, str(value)]
     if isinstance(value, BaseModel):
-        return ["model", kind.__qualname__, _fields(value.__dict__ | (value.model_extra or {}), _depth)]
+        fields = {name: getattr(value, name, None) for name in kind.model_fields} | (value.model_extra or {})
+        return ["model", kind.__qualname__, _fields(fields, within)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-        return ["model", kind.__qualname__, _fields(fields, _depth)]
+        return ["model", kind.__qualname__, _fields(fields, within)]
     if isinstance(value, bool | int | float | str):  # a subclass of one of them: by value all the same
         return ["text", kind.__qualname__, str(value)]
     return ["type", f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"]
 
 
-def _fields(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    return {name: canonical(value, depth + 1) for name, value in fields.items()}
+def _fields(fields: Mapping[str, Any], above: tuple[int, ...]) -> dict[str, Any]:
+    return {name: canonical(value, above) for name, value in fields.items()}
 
 
 def _sorted(items: list[Any]) -> list[Any]:

@@ -88,6 +88,7 @@ class Step:
     ms: float = 0.0
     revision: str = ""
     started_at: str = ""
+    finished_seq: int = 0
 
     @property
     def in_doubt(self) -> bool:
@@ -154,8 +155,9 @@ class Run:
     artifacts: list[str] = field(default_factory=list)
     progress: ev.ProgressReported | None = None
     blocked: ev.WorkerBlocked | None = None
-    anew: bool = False
-    """Whether anything that had finished before was reset since the attempt began."""
+    last_anew: int = 0
+    """The `seq` at which something last came out anew: a result, value or answer of a later generation than the first.
+    What finished before it may have been computed from what it replaced."""
 
     @property
     def status(self) -> Status:
@@ -227,6 +229,8 @@ class Run:
                 not self.active
             ):
                 raise self._illegal(event, "no attempt is under way")
+            case ev.ValueRecorded() if (step := self.steps.get(event.key)) and step.status != "reset":
+                raise self._illegal(event, f"{event.key} is there already")
             case ev.RunFinished() if self.open_requests():
                 raise self._illegal(event, "requests are still open")
             case ev.RunResumed() if not self.idle and self.owner:
@@ -299,7 +303,8 @@ class Run:
             case ev.StepFinished() as event:
                 step = self.steps[event.key]
                 step.status, step.value, step.ms, step.error = "finished", event.value, event.ms, None
-                step.revision = self.revision
+                step.revision, step.finished_seq = self.revision, recorded.seq
+                self._note_anew(event.key, recorded.seq)
             case ev.StepFailed() as event:
                 step = self.steps[event.key]
                 step.status, step.error, step.effect_free = "failed", event.error, event.effect_free
@@ -314,7 +319,9 @@ class Run:
                     value=event.value,
                     revision=self.revision,
                     started_at=recorded.at,
+                    finished_seq=recorded.seq,
                 )
+                self._note_anew(event.key, recorded.seq)
             case ev.RequestOpened() as event:
                 request = Request(event, recorded.seq, recorded.at)
                 self.requests[event.request_id] = self.unanswered[event.request_id] = request
@@ -323,6 +330,7 @@ class Run:
                 request = self.unanswered.pop(event.request_id)
                 request.status, request.value, request.note = "answered", event.value, event.note
                 request.by, request.via, request.settled_seq = event.by, event.via, recorded.seq
+                self._note_anew(request.opened.key, recorded.seq)
                 self._wake()
             case ev.RequestExpired() as event:
                 request = self.unanswered.pop(event.request_id)
@@ -383,22 +391,15 @@ class Run:
                 self.blocked, self.error = None, None
             case ev.AttemptIdled():
                 self.idle = self.idle or bool(self.open_requests())
-                self.anew = False
             case ev.RunResumed() as event:
                 self.revision, self.error, self.idle, self.active = event.revision, None, False, False
             case ev.RunFailed() as event:
-                self.error, self.idle, self.active, self.owner, self.anew = (
-                    event.error,
-                    True,
-                    False,
-                    None,
-                    False,
-                )
+                self.error, self.idle, self.active, self.owner = event.error, True, False, None
             case ev.RunFinished() as event:
-                self._end("finished")
+                self._end("finished", recorded.seq)
                 self.output = event.output
             case ev.RunCancelled() as event:
-                self._end("cancelled")
+                self._end("cancelled", recorded.seq)
                 self.reason = event.reason
 
     def _start_step(self, event: ev.StepStarted, recorded: ev.Recorded) -> None:
@@ -408,20 +409,27 @@ class Run:
         step.status, step.generation, step.fingerprint = "started", event.generation, event.fingerprint
         step.tries, step.once, step.restore = event.number, event.once, event.restore
         step.started_at, step.error, step.effect_free = recorded.at, None, False
+        self.idle = False
 
     def _reset(self, event: ev.StepReset) -> None:
         self.generations[event.key] = event.generation
-        self.anew = True
         if step := self.steps.get(event.key):
             step.status, step.generation, step.value, step.error = "reset", event.generation, None, None
+
+    def _note_anew(self, key: str, seq: int) -> None:
+        if self.generation(key):
+            self.last_anew = seq
 
     def _wake(self) -> None:
         """Let the run go on with an answer, unless it failed: a failure waits for `resume`."""
         if self.error is None:
             self.idle = False
 
-    def _end(self, status: Status) -> None:
-        self.ended, self.active, self.idle, self.owner, self.error = status, False, True, None, None
+    def _end(self, status: Status, seq: int) -> None:
+        for request in self.unanswered.values():
+            request.status, request.settled_seq = "withdrawn", seq
+        self.unanswered.clear()
+        self.ended, self.active, self.idle, self.error = status, False, True, None
 
 
 def fold(run_id: str, journal: Iterable[ev.Recorded]) -> Run:

@@ -7,12 +7,14 @@ Nothing outside this module knows that it is SQLite.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sqlite3
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,6 +126,7 @@ class _Transaction:
         self._current: set[str] = set()
         self._touched: dict[str, int] = {}
         self._in_body: set[str] = set()
+        self._first_touched: set[str] = set()
 
     def begin(self) -> None:
         self._current.clear()
@@ -131,12 +134,14 @@ class _Transaction:
 
     def begin_body(self) -> None:
         self._in_body.clear()
+        self._first_touched.clear()
 
     def forget_body(self) -> None:
         """Drop what the undone body may have folded."""
         for run_id in self._in_body:
             self._cache.pop(run_id, None)
             self._current.discard(run_id)
+        for run_id in self._first_touched:
             self._touched.pop(run_id, None)
 
     def forget_all(self) -> None:
@@ -193,7 +198,9 @@ class _Transaction:
             appended.append(recorded)
         self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self._cache[run_id] = (number, tip, run)
-        self._touched.setdefault(run_id, before)
+        if run_id not in self._touched:
+            self._touched[run_id] = before
+            self._first_touched.add(run_id)
         if since is not None and since < before:
             return [recorded for recorded, _ in _load(self.execute, number, since)]
         return appended
@@ -201,7 +208,7 @@ class _Transaction:
     def project(self) -> None:
         """Write what the touched runs look like now."""
         for run_id, before in self._touched.items():
-            number, _, run = self._cache[run_id]
+            number, _, run = self.fold(run_id)
             self.project_run(number, run, before)
 
     def project_run(self, number: int, run: Run, before: int) -> None:
@@ -213,8 +220,9 @@ class _Transaction:
             "INSERT INTO run_rows VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET status = excluded.status,"
             " wants_worker = excluded.wants_worker, owner = excluded.owner, epoch = excluded.epoch,"
             " attempt = excluded.attempt, why = excluded.why, has_page = excluded.has_page"
-            " WHERE (status, wants_worker, owner, epoch, attempt, why, has_page) IS NOT (excluded.status,"
-            " excluded.wants_worker, excluded.owner, excluded.epoch, excluded.attempt, excluded.why, excluded.has_page)",
+            " WHERE (status, wants_worker, owner, epoch, attempt, why, has_page) IS NOT"
+            " (excluded.status, excluded.wants_worker, excluded.owner, excluded.epoch, excluded.attempt, excluded.why,"
+            " excluded.has_page)",
             (number, run.created.workflow, run.status, run.wants_worker, run.owner, run.epoch, run.attempt,
              run.created_at, why and why[:500], bool(run.pages)),
         )  # fmt: skip
@@ -334,8 +342,8 @@ class Store:
         home = private_folder(self._settings.home)
         _refuse_network(home)
         try:
-            self._lock = WriteLock(home / "write.lock", self._role)
-            self._thread = CommitThread(self._connection, self._lock, self._explain)
+            lock = WriteLock(home / "write.lock", self._role)
+            self._thread = CommitThread(self._connection, lock, self._explain)
             await self._thread.start()
         except OSError as error:
             raise StoreError(f"The journal in {home} can't be opened: {error.strerror}.") from error
@@ -343,7 +351,6 @@ class Store:
 
     async def __aexit__(self, *_: object) -> None:
         await self._thread.stop()
-        self._lock.close()
 
     # --- journals ---
 
@@ -362,10 +369,26 @@ class Store:
 
     async def append(self, run_id: str, *events: ev.Event, epoch: int | None = None) -> None:
         """Append events, all or none, and return once they are durable; raises `IllegalEvent` or `LeaseLost`."""
+        await asyncio.shield(self.append_soon(run_id, *events, epoch=epoch))
+
+    def append_soon(self, run_id: str, *events: ev.Event, epoch: int | None = None) -> asyncio.Future[Any]:
+        """`append`, queued at once, before whatever is appended later; the future ends when it is durable."""
         prepared = [(event, event.encoded()) for event in events]
         view = self._views.get(run_id)
         since = view.seq if view else None
-        self._advance(run_id, await self._thread.write(lambda: self._tx.append(run_id, prepared, epoch, since)))
+        future = self._thread.submit(lambda: self._tx.append(run_id, prepared, epoch, since), write=True)
+
+        def advance(done: asyncio.Future[list[ev.Recorded]]) -> None:
+            if not done.cancelled() and not done.exception():
+                self._advance(run_id, done.result())
+
+        future.add_done_callback(advance)
+        return future
+
+    def append_from_thread(self, run_id: str, event: ev.Event) -> None:
+        """Append an event that needs no epoch, from any thread, without waiting for it."""
+        prepared = [(event, event.encoded())]
+        self._thread.write_soon(lambda: self._tx.append(run_id, prepared, None))
 
     async def decide(
         self, run_id: str, plan: Callable[[Run], Sequence[ev.Event]], epoch: int | None = None
@@ -386,16 +409,16 @@ class Store:
 
     async def run(self, run_id: str) -> Run:
         """The run as it is now, to be read only; raises `UnknownRun`. The same object until `forget`."""
-        view = self._views.get(run_id)
-        since = view.seq if view else 0
+        view = self._views.get(run_id) or Run(run_id)
+        since = view.seq
 
         def body() -> list[ev.Recorded]:
             return [recorded for recorded, _ in _load(self._tx.execute, self._tx.number(run_id), since)]
 
         recorded = await self._thread.read(body)
-        self._views.setdefault(run_id, Run(run_id))
+        view = self._views.setdefault(run_id, view)
         self._advance(run_id, recorded)
-        return self._views[run_id]
+        return view
 
     def forget(self, run_id: str) -> None:
         """Drop the kept fold of a run that nobody here follows any more."""
@@ -415,18 +438,26 @@ class Store:
         def body() -> int:
             number, tip, run = self._tx.number(run_id), ev.genesis(run_id), Run(run_id)
             rows = self._tx.execute(
-                "SELECT seq, at, epoch, type, data, hash FROM events WHERE run = ? ORDER BY seq", (number,)
+                "SELECT seq, CAST(at AS BLOB), CAST(type AS BLOB), CAST(data AS BLOB), epoch, hash FROM events"
+                " WHERE run = ? ORDER BY seq",
+                (number,),
             )
-            for seq, at, epoch, type_, data, digest in rows:
-                tip = ev.chain(tip, seq, at, epoch, type_, data)
-                if seq != run.seq + 1:
-                    raise BrokenChain(f"Run {run_id}: event {run.seq + 1} is missing; the next one there is {seq}.")
-                if tip != digest:
-                    raise BrokenChain(f"Run {run_id}: event {seq} ({type_}) was changed; the chain breaks there.")
-                try:
-                    run.advance(ev.Recorded(seq, at, epoch, ev.decode(type_, data)))
-                except (FlowError, ValueError) as error:
-                    raise BrokenChain(f"Run {run_id}: event {seq} ({type_}) can't be: {error}") from error
+            # Closed at the first fault, or what is raised would keep this connection at an old state of the database.
+            with closing(rows):
+                for seq, *texts, epoch, digest in rows:
+                    # Read as bytes, because damage that is no UTF-8 must be named like any other.
+                    at, type_, data = (text.decode("utf-8", "surrogateescape") for text in texts)
+                    tip = ev.chain(tip, seq, at, epoch, type_, data)
+                    if seq != run.seq + 1:
+                        raise BrokenChain(f"Run {run_id}: event {run.seq + 1} is missing; the next one there is {seq}.")
+                    if tip != digest:
+                        raise BrokenChain(f"Run {run_id}: event {seq} ({type_}) was changed; the chain breaks there.")
+                    try:
+                        run.advance(ev.Recorded(seq, at, epoch, ev.decode(type_, data)))
+                    except (FlowError, ValueError) as error:
+                        raise BrokenChain(f"Run {run_id}: event {seq} ({type_}) can't be: {error}") from error
+            if not run.seq:
+                raise BrokenChain(f"Run {run_id}: event 1 is missing; nothing is left of the journal.")
             return run.seq
 
         return await self._thread.read(body)
@@ -456,6 +487,11 @@ class Store:
             return claimed
 
         return await self._thread.write(body)
+
+    async def owners(self) -> list[str]:
+        """The workers that own runs which have work for a worker."""
+        sql = "SELECT DISTINCT owner FROM run_rows WHERE wants_worker AND owner IS NOT NULL"
+        return [row[0] for row in await self._thread.read(lambda: self._tx.execute(sql).fetchall())]
 
     async def wanting(self, dead: Iterable[str]) -> bool:
         """Whether any run wants a worker and has no living owner."""
@@ -630,7 +666,9 @@ class Store:
     def _advance(self, run_id: str, recorded: Iterable[ev.Recorded]) -> None:
         if view := self._views.get(run_id):
             for entry in recorded:
-                if entry.seq > view.seq:
+                # A view that came into being while an append was on its way may lack what is between: it is
+                # read with the next append or `run`.
+                if entry.seq == view.seq + 1:
                     view.advance(entry)
 
     def _explain(self, error: sqlite3.Error) -> StoreError:

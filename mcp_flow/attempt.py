@@ -1,0 +1,878 @@
+"""One pass of a workflow's function: replay what the journal holds, run the rest, wait, and stop.
+
+`Flow` is its face to authors, `worker.py` its owner. It writes under the epoch it was given, so whatever it does after
+losing the run is refused by the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import inspect
+import json
+import os
+import random
+import secrets as tokens
+import time
+import traceback
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+
+from mcp_flow import events as ev
+from mcp_flow import fingerprint, replay, scope
+from mcp_flow.browser.session import Checkpoint, PausedAt, Session
+from mcp_flow.config import Settings, private_folder
+from mcp_flow.definition import MISSING, Codec, Workflow, annotation_of, codec
+from mcp_flow.errors import (
+    Denied,
+    FlowError,
+    IllegalEvent,
+    InvalidInput,
+    LeaseLost,
+    OutsideRun,
+    Retriable,
+    StepError,
+    StepResultError,
+    StepTimeout,
+)
+from mcp_flow.flow import Flow, StepOptions
+from mcp_flow.run import Request, Run
+from mcp_flow.secrets import Secrets
+from mcp_flow.store import Store
+
+Outcome = Literal["finished", "failed", "suspended", "cancelled", "lost"]
+OpenSession = Callable[["Attempt"], Coroutine[Any, Any, Session]]
+
+START_DELAY = 0.05
+"""Within which the start of a plain step is written, unless its end comes first."""
+SETTLE = 0.05
+"""How long nothing may happen before several branches count as waiting."""
+_LONGEST_BACKOFF = 30.0
+_LONGEST_MESSAGE = 4000
+
+
+class Attempt:
+    """Executes one run from its top until it finishes, fails or is suspended."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        run: Run,
+        epoch: int,
+        workflow: Workflow[..., Any],
+        source_line: Callable[[str, int], str | None],
+        open_session: OpenSession,
+        announce: Callable[[str], None],
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.run = run
+        self.session: Session | None = None
+        self.number = run.attempt + 1
+        self.finishing = False
+        self.suspending: asyncio.Task[None] | None = None
+        self._epoch = epoch
+        self._workflow = workflow
+        self._source_line = source_line
+        self._open_session = open_session
+        self._announce = announce
+        self._secrets = Secrets(settings.home)
+        self._root: asyncio.Task[Any] | None = None
+        self._opening: asyncio.Task[Session] | None = None
+        self._gate = asyncio.Event()
+        self._gate.set()
+        self._closed = False
+        self._busy: dict[str, str] = {}
+        self._activity = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._waits: dict[str, asyncio.Future[None]] = {}
+        self._idle_check: asyncio.TimerHandle | None = None
+        self._background: set[asyncio.Task[Any]] = set()
+        self._restored_here = False
+        self._rebuilt = False
+        self._given_up = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether every branch waits, so that the coroutine may be dropped without loss."""
+        return self.run.idle
+
+    def owns(self, file: str, line: int) -> bool:
+        """Whether this line is of the workflow's own code."""
+        return self._source_line(file, line) is not None
+
+    # --- the pass ---
+
+    async def execute(self) -> Outcome:
+        """Run the function to its end, whatever that is, and journal it."""
+        try:
+            await self._append(ev.AttemptStarted(attempt=self.number, revision=self.run.revision))
+            self.refresh()
+            self._root = asyncio.create_task(self._call(), name=f"{self.run.run_id} attempt {self.number}")
+            given_up = asyncio.create_task(self._given_up.wait())
+            await asyncio.wait({self._root, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if self._closed:
+                await given_up
+                return "cancelled" if self.run.ended else "suspended"
+            given_up.cancel()
+            await self._finish(await self._root)
+            return "finished"
+        except BaseException as error:  # the boundary to the author's code: it may raise anything
+            return await self._end_with(error)
+        finally:
+            self._closed = True
+            self._announce(self.run.run_id)
+
+    async def _end_with(self, error: BaseException) -> Outcome:
+        """Journal the error that ended the function, unless the run was ended or lost meanwhile."""
+        await self.store.run(self.run.run_id)
+        if self.run.ended:
+            return "cancelled"
+        if isinstance(error, LeaseLost):
+            return "lost"
+        try:
+            await self._fail(error)
+        except (LeaseLost, IllegalEvent):
+            await self.store.run(self.run.run_id)
+            return "cancelled" if self.run.ended else "lost"
+        return "failed"
+
+    async def _call(self) -> Any:
+        assert self.run.created
+        arguments = self._workflow.arguments(self.run.created.input)
+        with scope.Scope():
+            return await self._workflow.fn(Flow(self), **arguments)
+
+    async def _finish(self, value: Any) -> None:
+        output = self._workflow.dump_output(value)
+        self._refuse_secrets(json.dumps(output), "the workflow's output")
+
+        def plan(run: Run) -> list[ev.Event]:
+            return [*self._withdrawals(run, "the run finished"), ev.RunFinished(output=output)]
+
+        self.finishing = True
+        await self._decide(plan)
+
+    async def _fail(self, error: BaseException) -> None:
+        failure = self._describe(error, None)
+        artifacts = await self._keep_evidence()
+        failure = failure.model_copy(update={"artifacts": artifacts})
+        await self._checkpoint()
+        await self._append(ev.RunFailed(error=failure))
+
+    async def suspend(self, grace: float) -> None:
+        """Stop the attempt where it is: no new step begins, one in flight may end within `grace` seconds."""
+        self._closed = True
+        self._gate.set()
+        try:
+            with anyio.move_on_after(grace):
+                await self._quiet.wait()
+            if not self.run.ended:
+                await self._checkpoint()
+            if self._root and not self._root.done():
+                self._root.cancel("suspended")
+                await asyncio.wait([self._root], timeout=5)
+            if not self.run.ended:
+                await self.detach()
+        finally:
+            self._given_up.set()
+
+    async def detach(self) -> None:
+        """Close the attempt's browser connection: code that ignored its cancellation reaches no page any more."""
+        self._closed = True
+        if self._idle_check:
+            self._idle_check.cancel()
+        if self.session:
+            session, self.session = self.session, None
+            with suppress(Exception):  # the connection may be gone already, which is what was wanted
+                await session.detach()
+
+    async def close_pages(self) -> None:
+        """Close the run's context for good."""
+        if self.session:
+            session, self.session = self.session, None
+            with suppress(Exception):  # the host may be gone, and the pages with it
+                await session.close()
+
+    # --- steps ---
+
+    async def step(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], options: StepOptions) -> Any:
+        """`Flow.step`: reuse, run or doubt, as the journal says."""
+        await self._enter(f"flow.step({name!r})", name)
+        key = self._key(name)
+        digest = fingerprint.of_call(fn, args)
+        shape = codec(annotation_of(fn))
+        match replay.reach_step(self.run, key, digest, once=options.once):
+            case replay.Reuse(step, deviates):
+                if deviates:
+                    await self._append(ev.StepNondeterministic(key=key, fingerprint=digest))
+                if step.restore and self.session and self.session.state == "restored":
+                    await self._restore_step(name, fn, args, step.url)
+                return self._load(name, shape, step.value)
+            case replay.Doubt(why):
+                settled, value = await self._ask_doubt(name, key, digest, why, shape)
+                if settled:
+                    return value
+            case replay.Execute(reset) if reset:
+                generation = self.run.generation(key) + 1
+                await self._append(ev.StepReset(key=key, generation=generation, reason=reset))
+        await self._end_restoring()
+        return await self._run_step(name, key, digest, shape, fn, args, options)
+
+    async def _run_step(
+        self,
+        name: str,
+        key: str,
+        digest: str,
+        shape: Codec,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        options: StepOptions,
+    ) -> Any:
+        number = 0
+        while True:
+            number += 1
+            started = ev.StepStarted(
+                key=key,
+                fingerprint=digest,
+                generation=self.run.generation(key),
+                number=number,
+                once=options.once,
+                restore=options.restore,
+                url=self._url() if options.restore else None,
+            )
+            try:
+                return await self._try_step(name, started, shape, fn, args, options)
+            except _TryFailed as failed:
+                error, wait = failed.error, failed.retry_in
+            if wait is not None:
+                await asyncio.sleep(wait)
+                await self._enter(f"flow.step({name!r})", name)
+            elif options.once and not isinstance(error, Retriable):
+                why = f"it raised {type(error).__name__}: {error}"
+                settled, value = await self._ask_doubt(name, key, digest, why, shape)
+                if settled:
+                    return value
+                number = 0
+            elif options.on_fail == "continue":
+                await self._append(ev.StepFinished(key=key, generation=started.generation, value=None))
+                return None
+            else:
+                raise error
+
+    async def _try_step(
+        self,
+        name: str,
+        started: ev.StepStarted,
+        shape: Codec,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        options: StepOptions,
+    ) -> Any:
+        """One try; raises `_TryFailed` once its failure is journaled."""
+        key, generation = started.key, started.generation
+        start = _Start(self, started)
+        self._begin(key, name)
+        clock = time.perf_counter()
+        try:
+            if options.once:
+                await start.write()
+            value = await self._invoke(name, fn, args, options.timeout)
+            text, live = self._encode(name, shape, value)
+            ms = round((time.perf_counter() - clock) * 1000, 3)
+            finished = ev.StepFinished(key=key, generation=generation, value=json.loads(text), ms=ms)
+            await self._append(*start.unwritten(), finished)
+            return live
+        except (LeaseLost, IllegalEvent):
+            raise
+        except Exception as error:
+            effect_free = isinstance(error, Retriable)
+            again = started.number <= options.retries and (not options.once or effect_free)
+            retry_in = _backoff(options.backoff, started.number) if again else None
+            with suppress(AttributeError):
+                error.mcp_flow_step = name  # type: ignore[attr-defined]
+            failed = ev.StepFailed(
+                key=key,
+                generation=generation,
+                number=started.number,
+                error=self._describe(error, name),
+                effect_free=effect_free,
+                retry_in=retry_in,
+            )
+            await self._append(*start.unwritten(), failed)
+            raise _TryFailed(error, retry_in) from error
+        finally:
+            start.forget()
+            self._end(key)
+
+    async def _invoke(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], limit: float | None) -> Any:
+        with scope.inside_step(name):
+            try:
+                async with asyncio.timeout(limit) as bound:
+                    if _is_async(fn):
+                        return await fn(*args)
+                    result = await asyncio.to_thread(fn, *args)
+                    return await result if hasattr(result, "__await__") else result
+            except TimeoutError as error:
+                if bound.expired():
+                    raise StepTimeout(f"Step {name!r} did not end within its {limit:g} s.") from error
+                raise
+
+    async def _restore_step(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], url: str | None) -> None:
+        if url and self._url() != url:
+            page = await self.page("main")
+            await page.goto(url)
+        await self._invoke(name, fn, args, None)
+        self._restored_here = True
+
+    async def _end_restoring(self) -> None:
+        """Before the first thing that is new: pages go to where the checkpoint saw them."""
+        session = self.session
+        if session is None or session.state != "restored" or self._rebuilt:
+            return
+        self._rebuilt = True
+        if not self._restored_here:
+            for name in list(session.pages):
+                await session.restore_url(name)
+
+    async def _ask_doubt(self, name: str, key: str, digest: str, why: str, shape: Codec) -> tuple[bool, Any]:
+        """Let somebody look; returns whether the step counts as done, and its value then."""
+        prompt = (
+            f"Step {name!r} runs only once, and {why}. Look at the page, then say whether it was done: "
+            'resume with step="done" and its value, or step="again".'
+        )
+        settled = await self._wait_for(key, "in-doubt", prompt, f"{digest}:{self.run.generation(key)}", data=why)
+        answer, generation = settled.value, self.run.generation(key)
+        step = self.run.steps.get(key)
+        finished = step is not None and step.status == "finished"
+        if answer["step"] == "again":
+            await self._append(ev.StepReset(key=key, generation=generation + 1, reason="somebody looked: again"))
+            return False, None
+        value = shape.load(answer.get("value"))
+        text, live = self._encode(name, shape, value)
+        moves: list[ev.Event] = []
+        if finished:
+            generation += 1
+            moves.append(ev.StepReset(key=key, generation=generation, reason="somebody looked: done"))
+            moves.append(ev.StepStarted(key=key, fingerprint=digest, generation=generation, once=True))
+        await self._append(*moves, ev.StepFinished(key=key, generation=generation, value=json.loads(text)))
+        return True, live
+
+    # --- waits ---
+
+    async def wait(
+        self,
+        kind: ev.RequestKind,
+        name: str,
+        prompt: str,
+        terms: str,
+        *,
+        schema: dict[str, Any] | None = None,
+        data: Any = None,
+        by: ev.By = "anyone",
+        default: Any = MISSING,
+        expires: datetime | None = None,
+        accept: Callable[[Any], Any] = lambda value: None,
+    ) -> Request:
+        """Wait for what `prompt` asks for; returns the request once it is answered or expired.
+
+        An answer that `accept` refuses with `InvalidInput` is put aside, and the same is asked again.
+        """
+        await self._enter(f"the wait {prompt!r}", name)
+        self._refuse_secrets(json.dumps([prompt, data]), f"the request {name!r}")
+        key = self._key(name)
+        while True:
+            settled = await self._wait_for(
+                key, kind, prompt, terms, schema=schema, data=data, by=by, default=default, expires=expires
+            )
+            try:
+                if settled.status == "answered":
+                    accept(settled.value)
+                return settled
+            except InvalidInput as error:
+                generation = self.run.generation(key) + 1
+                await self._append(ev.StepReset(key=key, generation=generation, reason=str(error)[:500]))
+
+    async def _wait_for(
+        self,
+        key: str,
+        kind: ev.RequestKind,
+        prompt: str,
+        terms: str,
+        *,
+        schema: dict[str, Any] | None = None,
+        data: Any = None,
+        by: ev.By = "anyone",
+        default: Any = MISSING,
+        expires: datetime | None = None,
+    ) -> Request:
+        request_id = f"q-{tokens.token_hex(6)}"
+        reached = replay.reach_wait(self.run, key, terms)
+        if isinstance(reached, replay.Settled):
+            return reached.request
+        await self._end_restoring()
+        await self._checkpoint()
+        alone = self._alone()  # asked here, because the plan runs in the store's thread
+
+        def plan(run: Run) -> list[ev.Event]:
+            moves: list[ev.Event] = []
+            match replay.reach_wait(run, key, terms):
+                case replay.Settled():
+                    return []
+                case replay.Waiting(request):
+                    waiting_for = request.opened.request_id
+                case replay.Ask(instead_of):
+                    waiting_for, generation = request_id, run.generation(key)
+                    if instead_of:
+                        moves += self._ask_instead(instead_of, generation)
+                        generation += 1
+                    moves.append(
+                        ev.RequestOpened(
+                            request_id=request_id,
+                            key=key,
+                            kind=kind,
+                            prompt=prompt,
+                            fingerprint=terms,
+                            generation=generation,
+                            answer_schema=schema,
+                            data=data,
+                            by=by,
+                            expires=expires,
+                            default=None if default is MISSING else default,
+                            has_default=default is not MISSING,
+                        )
+                    )
+            if alone:
+                held = {*self._waits, waiting_for}
+                moves += self._withdrawals(run, "no longer asked", but=held, dealt=moves)
+                moves += [] if run.idle and not moves else [ev.AttemptIdled()]
+            return moves
+
+        await self._decide(plan)
+        return await self._until_settled(key, terms)
+
+    async def _until_settled(self, key: str, terms: str) -> Request:
+        reached = replay.reach_wait(self.run, key, terms)
+        if isinstance(reached, replay.Settled):
+            return reached.request
+        assert isinstance(reached, replay.Waiting)
+        request_id = reached.request.opened.request_id
+        self._announce(self.run.run_id)
+        self._touch()
+        future = self._waits[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._settle_waits()
+            self._check_idle_soon()
+            await future
+        finally:
+            self._waits.pop(request_id, None)
+            self._touch()
+        await self._enter()
+        return self.run.requests[request_id]
+
+    @staticmethod
+    def _ask_instead(request: Request, generation: int) -> list[ev.Event]:
+        withdrawn = ev.RequestWithdrawn(request_id=request.opened.request_id, reason="the question changed")
+        reset = ev.StepReset(key=request.opened.key, generation=generation + 1, reason="the question changed")
+        return [withdrawn, reset] if request.status == "open" else [reset]
+
+    @staticmethod
+    def _withdrawals(
+        run: Run, reason: str, but: set[str] | None = None, dealt: Sequence[ev.Event] = ()
+    ) -> list[ev.Event]:
+        gone = {event.request_id for event in dealt if isinstance(event, ev.RequestWithdrawn)} | (but or set())
+        return [
+            ev.RequestWithdrawn(request_id=request.opened.request_id, reason=reason)
+            for request in run.open_requests()
+            if request.opened.request_id not in gone
+        ]
+
+    def _alone(self) -> bool:
+        """Whether the calling task is the only branch there is, as far as `Flow` was used."""
+        self._tasks = {task for task in self._tasks if not task.done()}
+        return not self._busy and self._tasks <= {asyncio.current_task()}
+
+    def _check_idle_soon(self) -> None:
+        """Several branches: call the attempt idle once nothing has happened for a moment."""
+        if self._idle_check:
+            self._idle_check.cancel()
+        if self._closed or self.run.idle or self._busy or not self._waits:
+            return
+        seen = self._activity
+
+        def check() -> None:
+            if seen == self._activity and not self._busy and self._waits and not self._closed:
+                self._spawn(self._go_idle())
+
+        self._idle_check = asyncio.get_running_loop().call_later(SETTLE, check)
+
+    async def _go_idle(self) -> None:
+        def plan(run: Run) -> list[ev.Event]:
+            open_ids = {request.opened.request_id for request in run.open_requests()}
+            if run.idle or self._busy or not open_ids & set(self._waits):
+                return []
+            return [*self._withdrawals(run, "no longer asked", but=set(self._waits)), ev.AttemptIdled()]
+
+        with suppress(LeaseLost, IllegalEvent):
+            await self._decide(plan)
+        self._announce(self.run.run_id)
+
+    # --- values and remarks ---
+
+    async def value(self, name: str, make: Callable[[], Any]) -> Any:
+        """A value fixed once for all attempts."""
+        await self._enter(f"flow.{name}", name)
+        key = self._key(name)
+        step = self.run.steps.get(key)
+        if step and step.status == "finished":
+            return step.value
+        value = make()
+        await self._append(ev.ValueRecorded(key=key, value=value))
+        return value
+
+    async def log(self, message: str, level: Literal["debug", "info", "warning"]) -> None:
+        """`Flow.log`."""
+        await self._enter()
+        key = self._key(f"log {message}")
+        if key not in self.run.remarks:
+            text = self._secrets.mask(message)[:_LONGEST_MESSAGE]
+            await self._append(ev.Logged(key=key, message=text, level=level))
+
+    async def progress(self, done: float, total: float | None, message: str | None) -> None:
+        """`Flow.progress`."""
+        await self._enter()
+        key = self._key(f"progress {done:g} {total} {message}")
+        if key not in self.run.remarks:
+            text = self._secrets.mask(message)[:_LONGEST_MESSAGE] if message else None
+            await self._append(ev.ProgressReported(key=key, done=done, total=total, message=text))
+
+    async def attach(self, name: str, content: bytes) -> str:
+        """`Flow.attach`."""
+        await self._enter()
+        if Path(name).name != name or name.startswith(".") or len(name) > 120 or not name.isprintable():
+            raise StepError(f"An attachment's name is a plain file name, not {name!r}.")
+        if not isinstance(content, bytes | bytearray):
+            raise StepError(f"Attachment {name!r} takes bytes, not {type(content).__name__}.")
+        for secret_name in self._secrets.held_in(bytes(content)):
+            raise StepError(f"Attachment {name!r} holds the secret {secret_name!r}; it was not kept.")
+        key = self._key(f"attach {name}")
+        path = self._folder() / name
+        if key not in self.run.remarks:
+            await self._keep(name, bytes(content), key)
+        return str(path)
+
+    def secret(self, name: str) -> str:
+        """`Flow.secret`."""
+        return self._secrets.get(name)
+
+    # --- the page ---
+
+    async def page(self, name: str) -> Any:
+        """`Flow.page`."""
+        await self._enter(f"flow.page({name!r})")
+        if self.session is None:
+            if self._opening is None:
+                self._opening = asyncio.create_task(self._attach())
+            opening = self._opening
+            try:
+                await asyncio.shield(opening)
+            finally:
+                if opening.done():
+                    self._opening = None
+        session = self.session
+        if session is None:
+            raise asyncio.CancelledError
+        fresh = name not in session.pages
+        page = await session.page(name)
+        if fresh:
+            await self._journal_pages(session)
+        return page
+
+    async def _attach(self) -> Session:
+        session = await self._open_session(self)
+        self.session = session
+        if session.state != "live":
+            await self._append(ev.PageAttached(state=session.state))
+        if self.run.hijack and not self.run.hijack.stopped:
+            self._spawn(self._stop_at_action())
+        return session
+
+    async def _journal_pages(self, session: Session) -> None:
+        fresh = [
+            ev.PageOpened(name=record.name, target_id=record.target_id)
+            for record in await session.records()
+            if self.run.pages.get(record.name) != record.target_id
+        ]
+        if fresh:
+            await self._append(*fresh)
+
+    def on_page_event(self, what: str, details: dict[str, Any]) -> None:
+        """Journal what the browser did by itself."""
+        if not self._closed:
+            text = json.loads(self._secrets.mask(json.dumps(details, default=str))[:_LONGEST_MESSAGE])
+            self._spawn(self._observe(what, text))
+
+    async def _observe(self, what: str, details: dict[str, Any]) -> None:
+        with suppress(FlowError):  # the run may have ended meanwhile
+            await self.store.append(self.run.run_id, ev.PageObserved(what=what, details=details))
+
+    async def _checkpoint(self) -> None:
+        session = self.session
+        if session is None:
+            return
+        try:
+            checkpoint = await session.checkpoint()
+        except FlowError:
+            return  # the page is gone; the checkpoint before it is the last one
+        await self.store.save_checkpoint(
+            self.run.run_id, json.dumps({"urls": checkpoint.urls, "storage": checkpoint.storage})
+        )
+
+    async def load_checkpoint(self) -> Checkpoint | None:
+        """What rebuilds the run's pages."""
+        text = await self.store.load_checkpoint(self.run.run_id)
+        return Checkpoint(**json.loads(text)) if text else None
+
+    async def _keep_evidence(self) -> list[str]:
+        """A screenshot of the page at the moment of a failure, as far as there is a page."""
+        session = self.session
+        page = session.pages.get("main") if session else None
+        if page is None or page.is_closed():
+            return []
+        try:
+            fields = page.locator("input[type=password], [autocomplete^=cc-], [autocomplete=one-time-code]")
+            image = await page.screenshot(timeout=5000, mask=[fields])
+            return [await self._keep(f"failure-{self.run.attempt}.png", image, None)]
+        except Exception:  # evidence must not hide the failure that it is about
+            return []
+
+    async def _keep(self, name: str, content: bytes, key: str | None) -> str:
+        path = self._folder() / name
+        await anyio.to_thread.run_sync(_write_private, path, content)
+        digest = hashlib.sha256(content).hexdigest()
+        await self._append(ev.ArtifactKept(file=name, size=len(content), sha256=digest, key=key))
+        return str(path)
+
+    def _folder(self) -> Path:
+        return private_folder(self.settings.run_folder(self.run.run_id))
+
+    # --- from outside ---
+
+    def refresh(self) -> None:
+        """Take note of what others wrote into the journal: answers, a hijack, its end."""
+        self._settle_waits()
+        hijack = self.run.hijack
+        if hijack is None:
+            if not self._gate.is_set():
+                self._gate.set()
+                if self.session:
+                    self._spawn(self.session.resume())
+        elif self._gate.is_set():
+            self._gate.clear()
+            if hijack.stopped is None and self.session:
+                self._spawn(self._stop_at_action())
+
+    def _settle_waits(self) -> None:
+        for request_id, future in list(self._waits.items()):
+            if self.run.requests[request_id].status != "open" and not future.done():
+                future.set_result(None)
+
+    async def _stop_at_action(self) -> None:
+        if self.session:
+            await self.session.request_pause(lambda paused: self._spawn(self._hijacked(paused, None)))
+
+    async def _hijacked(self, paused: PausedAt | None, step: str | None) -> None:
+        """Journal that the code stands still, once."""
+        place = {"file": paused.file, "line": paused.line, "action": paused.action} if paused else {}
+        event = ev.RunHijacked(step=step or next(iter(self._busy.values()), None), **place)  # type: ignore[arg-type]
+
+        def plan(run: Run) -> list[ev.Event]:
+            return [event] if run.hijack and run.hijack.stopped is None else []
+
+        with suppress(LeaseLost, IllegalEvent):
+            await self._decide(plan)
+        self._announce(self.run.run_id)
+
+    # --- inside ---
+
+    async def _enter(self, what: str | None = None, step: str | None = None) -> None:
+        """The gate before everything that `Flow` does."""
+        if self._closed:
+            raise asyncio.CancelledError("the attempt is over")
+        if what:
+            scope.refuse_nesting(what)
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+        self._touch()
+        while not self._gate.is_set():
+            hijack = self.run.hijack
+            if hijack and hijack.stopped is None and not self._busy:
+                await self._hijacked(None, step)
+                if self.session:
+                    await self.session.resume()
+            await self._gate.wait()
+            if self._closed:
+                raise asyncio.CancelledError("the attempt is over")
+
+    def _key(self, name: str) -> str:
+        try:
+            return scope.current().key(name)
+        except LookupError as error:
+            raise OutsideRun(f"{name!r} was called from a task that no run started.") from error
+
+    def scope(self, name: str) -> scope.Scope:
+        """`Flow.scope`."""
+        scope.refuse_nesting(f"flow.scope({name!r})")
+        return scope.current().child(name)
+
+    def _begin(self, key: str, name: str) -> None:
+        if key in self._busy:
+            raise StepError(f"Step {name!r} is running already.")
+        self._busy[key] = name
+        self._quiet.clear()
+        self._touch()
+
+    def _end(self, key: str) -> None:
+        self._busy.pop(key, None)
+        if not self._busy:
+            self._quiet.set()
+        self._touch()
+        if self._waits:
+            self._check_idle_soon()
+
+    def _touch(self) -> None:
+        self._activity += 1
+
+    async def _append(self, *events: ev.Event) -> None:
+        await self.store.append(self.run.run_id, *events, epoch=self._epoch)
+
+    def append_soon(self, event: ev.Event) -> None:
+        """Queue an event without waiting for it."""
+        self.store.append_soon(self.run.run_id, event, epoch=self._epoch)
+
+    async def _decide(self, plan: Callable[[Run], Sequence[ev.Event]]) -> None:
+        await self.store.decide(self.run.run_id, plan, epoch=self._epoch)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _url(self) -> str | None:
+        page = self.session.pages.get("main") if self.session else None
+        return page.url if page else None
+
+    def _encode(self, name: str, shape: Codec, value: Any) -> tuple[str, Any]:
+        if type(value).__module__.startswith("playwright."):
+            return "null", None
+        try:
+            text, live = shape.encode(value)
+        except ValueError as error:
+            raise StepResultError(f"The result of step {name!r} can't be journaled: {error}.") from error
+        self._refuse_secrets(text, f"the result of step {name!r}")
+        return text, live
+
+    def _load(self, name: str, shape: Codec, value: Any) -> Any:
+        if shape.adapter is None or value is None:
+            return value
+        try:
+            return shape.decode(json.dumps(value))
+        except ValueError as error:
+            raise StepResultError(
+                f"The journaled result of step {name!r} no longer fits: {error}. Resume with rerun=[{name!r}]."
+            ) from error
+
+    def _refuse_secrets(self, text: str, what: str) -> None:
+        for name in self._secrets.held_in(text.encode("utf-8", "replace")):
+            raise StepResultError(f"The secret {name!r} is in {what}; it was not journaled.")
+
+    def _describe(self, error: BaseException, step: str | None) -> ev.Failure:
+        """An error as the journal keeps it, pointing at the last line of the workflow's own code."""
+        place = self._place(error)
+        message = self._secrets.mask(str(error))[:_LONGEST_MESSAGE] or type(error).__name__
+        return ev.Failure(
+            type=_type_name(error), message=message, step=step or getattr(error, "mcp_flow_step", None), **place
+        )
+
+    def _place(self, error: BaseException) -> dict[str, Any]:
+        if isinstance(error, InvalidInput | Denied):
+            return {}
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            source = self._source_line(frame.filename, frame.lineno or 0)
+            if source is not None:
+                return {"file": frame.filename, "line": frame.lineno, "source": source.strip()[:300]}
+        return {}
+
+
+class _TryFailed(Exception):
+    """A try of a step failed and that is journaled; `retry_in` is None when no try follows."""
+
+    def __init__(self, error: Exception, retry_in: float | None) -> None:
+        self.error = error
+        self.retry_in = retry_in
+        super().__init__(str(error))
+
+
+class _Start:
+    """The start of a try: written at once, after a moment, or together with the end, whichever comes first."""
+
+    def __init__(self, attempt: Attempt, event: ev.StepStarted) -> None:
+        self._attempt = attempt
+        self._event = event
+        self._written = False
+        self._timer = asyncio.get_running_loop().call_later(START_DELAY, self._write_soon)
+
+    async def write(self) -> None:
+        """Write it now, and return once it is durable."""
+        self.forget()
+        self._written = True
+        await self._attempt._append(self._event)
+
+    def unwritten(self) -> tuple[ev.StepStarted, ...]:
+        """The event, if it is still to be written."""
+        self.forget()
+        written, self._written = self._written, True
+        return () if written else (self._event,)
+
+    def forget(self) -> None:
+        """Never write it by itself."""
+        self._timer.cancel()
+
+    def _write_soon(self) -> None:
+        # Queued at this very moment, so that it can't come after the end; what refuses it refuses the end too.
+        self._written = True
+        self._attempt.append_soon(self._event)
+
+
+def _backoff(backoff: float | Callable[[int], float], number: int) -> float:
+    """Seconds before the next try. Full jitter, after Brooker, "Exponential Backoff And Jitter" (AWS, 2015)."""
+    if callable(backoff):
+        return max(0.0, float(backoff(number)))
+    return random.uniform(0, min(_LONGEST_BACKOFF, backoff * 2 ** (number - 1)))
+
+
+def _is_async(fn: Callable[..., Any]) -> bool:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    call = getattr(fn, "__call__", None)  # noqa: B004 (a callable object's own method)
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(call)
+
+
+def _type_name(error: BaseException) -> str:
+    module = type(error).__module__
+    return type(error).__name__ if not module.startswith("playwright") else f"playwright.{type(error).__name__}"
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(content)

@@ -1,0 +1,573 @@
+"""A run's own context and pages, over a connection of its own.
+
+The context belongs to the browser host and outlives the connection: detaching leaves everything where it is, and
+the next session finds it by the target ids of its pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import anyio
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    Dialog,
+    Download,
+    Error,
+    Page,
+    Playwright,
+    StorageState,
+    async_playwright,
+)
+
+from mcp_flow import config
+from mcp_flow.browser import host as hosts
+from mcp_flow.browser.host import HostInfo
+from mcp_flow.errors import BrowserUnavailable, PageGone
+
+T = TypeVar("T")
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+CONNECT_SECONDS = 10
+OPEN_SECONDS = 30
+CLOSE_SECONDS = 5
+WATCH_SECONDS = 2
+RESPOND_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class PageRecord:
+    """What it takes to find a page again while the browser lives."""
+
+    name: str
+    target_id: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What it takes to rebuild the pages when the browser is gone."""
+
+    urls: dict[str, str] = field(default_factory=dict)
+    storage: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PausedAt:
+    """The action that stands still, and the line that called it."""
+
+    file: str
+    line: int
+    action: str
+
+
+class Driver:
+    """Playwright's driver: one a process, started when first needed, and again if it has died."""
+
+    def __init__(self) -> None:
+        self._starting: asyncio.Task[Playwright] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._browsers: set[Browser] = set()
+
+    async def __aenter__(self) -> Driver:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def connect(self, endpoint: str) -> Browser:
+        """A connection of its own to the host at `endpoint`, which it keeps from ending as unused.
+
+        Raises `BrowserUnavailable` where there is no host any more.
+        """
+        hold = hosts.use(endpoint)
+        try:
+            browser = await self._connect(endpoint)
+        except BaseException:
+            hold.close()
+            raise
+        self._browsers.add(browser)
+
+        def forget(_: Browser) -> None:
+            self._browsers.discard(browser)
+            hold.close()
+
+        browser.on("disconnected", forget)
+        return browser
+
+    async def stop(self) -> None:
+        """End the driver and with it every connection; their contexts stay."""
+        starting, self._starting = self._starting, None
+        if self._watching:
+            self._watching.cancel()
+        if starting:
+            await _wind_up(self._stop(starting), CLOSE_SECONDS)
+
+    async def _connect(self, endpoint: str, *, again: bool = True) -> Browser:
+        playwright = await self._playwright()
+        try:
+            return await playwright.chromium.connect(endpoint, timeout=CONNECT_SECONDS * 1000)
+        except Error as error:
+            if not again or await _lives(playwright):
+                raise BrowserUnavailable(f"The browser host does not answer: {error.message}") from error
+            await self._replace(playwright)
+            return await self._connect(endpoint, again=False)
+
+    async def _playwright(self) -> Playwright:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        starting = self._starting
+        try:
+            return await asyncio.shield(starting)
+        except Exception as error:  # whatever kept Node.js from starting, nobody below us can mend it
+            if self._starting is starting:
+                self._starting = None
+            raise BrowserUnavailable(f"Playwright's driver does not start: {error}") from error
+
+    async def _start(self) -> Playwright:
+        playwright = await async_playwright().start()
+        self._watching = asyncio.create_task(self._watch(playwright))
+        return playwright
+
+    async def _watch(self, playwright: Playwright) -> None:
+        # Playwright leaves the calls in flight on its connections waiting for ever when the driver dies.
+        while await _lives(playwright):
+            await asyncio.sleep(WATCH_SECONDS)
+        await self._replace(playwright)
+
+    async def _replace(self, dead: Playwright) -> None:
+        """Forget a dead driver, unless someone has done so already; the next connection starts another."""
+        starting = self._starting
+        if starting and starting.done() and starting.result() is dead:
+            self._starting = None
+            await self._stop(starting)
+
+    async def _stop(self, starting: asyncio.Task[Playwright]) -> None:
+        browsers, self._browsers = self._browsers, set()
+        for browser in browsers:
+            # Said on a connection that is dead already, this is what fails its calls in flight.
+            with contextlib.suppress(Error):
+                await browser.close()
+        with contextlib.suppress(Exception):  # a driver that never started, or has died, has nothing to stop
+            await (await starting).stop()
+
+
+class Session:
+    """The pages of one run. Made by `open`, ended by `detach` or `close`."""
+
+    state: Literal["live", "reattached", "restored"]
+    """How the pages came about: new, found as they were, or to be rebuilt from the checkpoint."""
+    pages: dict[str, Page]
+    """The pages that have a name."""
+
+    def __init__(
+        self,
+        browser: Browser,
+        *,
+        checkpoint: Checkpoint | None,
+        viewport: tuple[int, int],
+        folder: Path,
+        on_event: OnEvent,
+    ) -> None:
+        self.state = "live"
+        self.pages = {}
+        self._browser = browser
+        self._checkpoint = checkpoint
+        self._viewport = viewport
+        self._folder = folder
+        self._on_event = on_event
+        self._context: BrowserContext | None = None
+        self._making: asyncio.Task[BrowserContext] | None = None
+        self._opening: dict[str, asyncio.Task[Page]] = {}
+        self._ids: dict[Page, str] = {}
+        self._reports: set[asyncio.Task[None]] = set()
+        self._on_paused: Callable[[PausedAt], None] | None = None
+        self._ending = False
+        browser.on("disconnected", lambda _: self._report_end())
+
+    @classmethod
+    async def open(
+        cls,
+        driver: Driver,
+        host: HostInfo,
+        *,
+        known: Sequence[PageRecord] = (),
+        checkpoint: Checkpoint | None = None,
+        viewport: tuple[int, int],
+        folder: Path,
+        on_event: OnEvent,
+    ) -> Session:
+        """A session on the known pages if they live; else one whose pages are made when they are asked for."""
+        browser = await driver.connect(host.endpoint)
+        session = cls(browser, checkpoint=checkpoint, viewport=viewport, folder=folder, on_event=on_event)
+        try:
+            found = await _find(browser, {record.target_id for record in known})
+            if found and await session._take_over(found, known):
+                session.state = "reattached"
+            elif known or checkpoint:
+                session.state = "restored"
+        except BaseException:
+            await session.detach()
+            raise
+        return session
+
+    def others(self) -> list[Page]:
+        """The open pages that nobody has named: popups, mostly."""
+        if self._context is None:
+            return []
+        return [page for page in self._context.pages if page not in self.pages.values()]
+
+    async def page(self, name: str = "main") -> Page:
+        """The page of this name, made if there is none; its URL is not restored here.
+
+        A cancelled call leaves nothing half made: the page is there for whoever asks next.
+        """
+        if name in self.pages:
+            return self.pages[name]
+        if name not in self._opening:
+            self._opening[name] = asyncio.create_task(self._open_page(name))
+        try:
+            return await asyncio.shield(self._opening[name])
+        except (Error, TimeoutError) as error:
+            raise self._lost(error) from error
+
+    async def records(self) -> list[PageRecord]:
+        """What finds the named pages again."""
+        return [PageRecord(name, await self._id(page)) for name, page in list(self.pages.items())]
+
+    async def checkpoint(self) -> Checkpoint:
+        """What rebuilds the named pages; pages not rebuilt yet keep what they had."""
+        before = self._checkpoint or Checkpoint()
+        if self._context is None:
+            return before
+        try:
+            storage: Mapping[str, Any] = await _finish(self._context.storage_state(), CLOSE_SECONDS)
+        except (Error, TimeoutError) as error:
+            raise self._lost(error) from error
+        return Checkpoint(before.urls | {name: page.url for name, page in self.pages.items()}, dict(storage))
+
+    async def restore_url(self, name: str) -> None:
+        """Go where the page of this name was when the checkpoint was taken."""
+        page = await self.page(name)
+        url = self._checkpoint.urls.get(name) if self._checkpoint else None
+        if url and page.url != url:
+            await page.goto(url)
+
+    async def request_pause(self, on_paused: Callable[[PausedAt], None]) -> None:
+        """Stop the next action in the context, whichever client asks for it, and report where it stands."""
+        try:
+            context = await self._ensure_context()
+            self._on_paused = on_paused
+            if context.debugger.paused_details:
+                self._on_debugger()
+            else:
+                await context.debugger.request_pause()
+        except (Error, TimeoutError) as error:
+            raise self._lost(error) from error
+
+    async def resume(self) -> None:
+        """Let the action that stands still go on; if none does yet, none will."""
+        self._on_paused = None
+        if self._context and self._context.debugger.paused_details:
+            await self._lift_pause(self._context)
+
+    async def detach(self) -> None:
+        """Close the connection; the context and its pages stay as they are."""
+        self._ending = True
+        await _wind_up(self._end(), CLOSE_SECONDS)
+
+    async def close(self) -> None:
+        """Close the context with all its pages, then the connection."""
+        self._ending = True
+        await _wind_up(self._end(close_context=True), 2 * CLOSE_SECONDS)
+
+    async def _take_over(self, found: Mapping[str, Page], known: Sequence[PageRecord]) -> bool:
+        """Make the found pages ours, as far as they respond; False if none does."""
+        self._context = context = next(iter(found.values())).context
+        # First of all, because the very first call may run into a pause that a client asked for before it died.
+        self._watch(context)
+        if context.debugger.paused_details:
+            await self._lift_pause(context)
+        records = [record for record in known if record.target_id in found]
+        responding = await asyncio.gather(*(_responds(found[record.target_id]) for record in records))
+        for record, responds in zip(records, responding, strict=True):
+            page = found[record.target_id]
+            if responds:
+                self.pages[record.name] = page
+                self._ids[page] = record.target_id
+            else:
+                self._on_event("page-unresponsive", {"name": record.name})
+                await _wind_up(page.close(), CLOSE_SECONDS)
+        if not self.pages:
+            self._context = None
+            await _wind_up(context.close(), CLOSE_SECONDS)
+            return False
+        for page in context.pages:
+            self._watch_page(page)
+        return True
+
+    async def _ensure_context(self) -> BrowserContext:
+        if self._context:
+            return self._context
+        if self._making is None:
+            # A task of its own, because a cancelled `new_context` leaves a context that nobody knows of.
+            self._making = asyncio.create_task(self._new_context())
+        return await asyncio.shield(self._making)
+
+    async def _new_context(self) -> BrowserContext:
+        width, height = self._viewport
+        storage = self._checkpoint.storage if self._checkpoint else {}
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                context = await self._browser.new_context(
+                    viewport={"width": width, "height": height},
+                    storage_state=cast(StorageState, storage) if storage else None,
+                )
+            self._watch(context)
+            self._context = context
+            return context
+        finally:
+            self._making = None
+
+    async def _open_page(self, name: str) -> Page:
+        try:
+            context = await self._ensure_context()
+            async with asyncio.timeout(OPEN_SECONDS):
+                page = await context.new_page()
+                await self._id(page)
+            self.pages[name] = page
+            return page
+        finally:
+            del self._opening[name]
+
+    async def _id(self, page: Page) -> str:
+        if page not in self._ids:
+            if (target_id := await _target_id(page)) is None:
+                raise PageGone("The page has closed or crashed.")
+            self._ids[page] = target_id
+        return self._ids[page]
+
+    def _name(self, page: Page) -> str | None:
+        return next((name for name, other in self.pages.items() if other is page), None)
+
+    def _watch(self, context: BrowserContext) -> None:
+        # Dialogs are left to Playwright, which answers them at once unless the workflow listens to them itself:
+        # a listener of ours would take them from it. This one only hears of their end.
+        context.on("dialogclosed", self._on_dialog)
+        context.on("download", self._on_download)
+        context.on("page", self._on_page)
+        context.debugger.on("pausedstatechanged", self._on_debugger)
+
+    def _watch_page(self, page: Page) -> None:
+        page.on("close", partial(self._on_gone, "page-closed"))
+        page.on("crash", partial(self._on_gone, "page-crashed"))
+
+    def _on_debugger(self) -> None:
+        if self._context is None or not (details := self._context.debugger.paused_details):
+            return
+        on_paused, self._on_paused = self._on_paused, None
+        if on_paused:
+            place = details["location"]
+            on_paused(PausedAt(place["file"], place.get("line") or 0, details["title"]))
+        else:
+            # Asked for by a client that is dead by now, or withdrawn before an action came.
+            self._report(self._lift_pause(self._context))
+
+    async def _lift_pause(self, context: BrowserContext) -> None:
+        with contextlib.suppress(Error):  # somebody else was faster
+            await context.debugger.resume()
+
+    def _report_end(self) -> None:
+        if not self._ending:
+            self._on_event("browser-gone", {})
+
+    def _on_dialog(self, dialog: Dialog) -> None:
+        url = dialog.page.url if dialog.page else ""
+        self._on_event("dialog", {"type": dialog.type, "message": dialog.message, "url": url})
+
+    def _on_gone(self, kind: str, page: Page) -> None:
+        name = self._name(page)
+        if name is not None:
+            del self.pages[name]
+        self._ids.pop(page, None)
+        if not self._ending:
+            self._on_event(kind, {"name": name})
+
+    def _on_page(self, page: Page) -> None:
+        self._watch_page(page)
+        self._report(self._report_popup(page))
+
+    def _on_download(self, download: Download) -> None:
+        self._report(self._save(download))
+
+    def _report(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
+
+    async def _report_popup(self, page: Page) -> None:
+        # A page of our own is heard of here before `new_page` returns it.
+        if self._opening:
+            await asyncio.wait(self._opening.values())
+        if self._name(page) is None and (target_id := await _target_id(page)):
+            self._on_event("popup", {"url": page.url, "target_id": target_id})
+
+    async def _save(self, download: Download) -> None:
+        about: dict[str, Any] = {"url": download.url, "suggested": download.suggested_filename}
+        try:
+            folder = config.private_folder(self._folder / "downloads")
+            with _reserved(folder, download.suggested_filename) as path:
+                await download.save_as(path)
+        except Error as error:
+            self._on_event("download", about | {"error": error.message})
+        except OSError as error:
+            self._on_event("download", about | {"error": f"{folder}: {error.strerror}"})
+        else:
+            self._on_event("download", about | {"path": str(path)})
+
+    async def _end(self, *, close_context: bool = False) -> None:
+        with contextlib.suppress(Error, TimeoutError):
+            if pending := [*self._opening.values(), *([self._making] if self._making else [])]:
+                await asyncio.wait(pending, timeout=CLOSE_SECONDS - 1)
+            if close_context and self._context:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._context.close()
+        for task in self._reports:
+            task.cancel()
+        with contextlib.suppress(Error):
+            await self._browser.close()
+
+    def _lost(self, error: Exception) -> BrowserUnavailable | PageGone:
+        if not self._browser.is_connected():
+            return BrowserUnavailable("The browser has gone; resume the run to rebuild its pages.")
+        return PageGone(f"The browser did not do it: {error or 'it took too long'}")
+
+
+async def attach(driver: Driver, host: HostInfo, target_id: str) -> Page:
+    """The page with this target id, over a connection of its own, for someone who only looks in.
+
+    `await page.context.browser.close()` ends the connection and leaves the page. Raises `PageGone`.
+    """
+    browser = await driver.connect(host.endpoint)
+    try:
+        if page := (await _find(browser, {target_id})).get(target_id):
+            return page
+        raise PageGone("The page is not open any more; resume the run to have it rebuilt.")
+    except BaseException:
+        await _wind_up(browser.close(), CLOSE_SECONDS)
+        raise
+
+
+async def sweep(driver: Driver, host: HostInfo, keep: Collection[str]) -> int:
+    """Close the contexts that hold none of these target ids, and say how many there were.
+
+    Only for when no run is executing: a context is made a moment before its pages can be recorded.
+    """
+    browser = await driver.connect(host.endpoint)
+    try:
+        kept = {page.context for page in (await _find(browser, set(keep))).values()}
+        orphans = [context for context in browser.contexts if context not in kept]
+        for context in orphans:
+            await _wind_up(context.close(), CLOSE_SECONDS)
+        return len(orphans)
+    finally:
+        await _wind_up(browser.close(), CLOSE_SECONDS)
+
+
+async def _find(browser: Browser, wanted: set[str]) -> dict[str, Page]:
+    """The open pages by target id, as far as they are wanted."""
+    if not wanted:
+        return {}
+    pages = [page for context in browser.contexts for page in context.pages]
+    ids = await asyncio.gather(*map(_target_id, pages))
+    return {target_id: page for target_id, page in zip(ids, pages, strict=True) if target_id in wanted}
+
+
+async def _target_id(page: Page) -> str | None:
+    """What Chromium calls the page, however many clients come and go; None if it has closed."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            cdp = await page.context.new_cdp_session(page)
+            info = await cdp.send("Target.getTargetInfo")
+    except (Error, TimeoutError):
+        return None
+    with contextlib.suppress(Error, TimeoutError):
+        # A page that hangs does not answer this; the session ends with the connection then.
+        async with asyncio.timeout(0.5):
+            await cdp.detach()
+    target_id: str = info["targetInfo"]["targetId"]
+    return target_id
+
+
+async def _responds(page: Page) -> bool:
+    """Whether scripts run in the page: not if it has crashed, or shows a dialog whose client has died."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RESPOND_SECONDS):
+            while not page.is_closed():
+                with contextlib.suppress(Error):  # a navigation may come in between
+                    await page.evaluate("1")
+                    return True
+                await asyncio.sleep(0.05)
+    return False
+
+
+async def _lives(playwright: Playwright) -> bool:
+    """Whether the driver lives; one that is only slow does."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await (await playwright.request.new_context()).dispose()
+    except TimeoutError:
+        return True
+    except Error:
+        return False
+    return True
+
+
+async def _finish(work: Awaitable[T], seconds: float) -> T:
+    """`work` carried through to its end or its deadline, also when the caller is cancelled meanwhile."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(seconds):
+            return await work
+
+    task = asyncio.create_task(bounded())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait({task})
+        raise
+
+
+async def _wind_up(work: Awaitable[Any], seconds: float) -> None:
+    """`_finish` for the end of something, where there is nothing to be done about a failure."""
+    with contextlib.suppress(Error, TimeoutError):
+        await _finish(work, seconds)
+
+
+@contextlib.contextmanager
+def _reserved(folder: Path, suggested: str) -> Iterator[Path]:
+    """A path in `folder` that nobody else has, with as much of the suggested name as is safe."""
+    name = re.sub(r"[^\w. -]", "_", Path(suggested).name).strip(". ")[-120:] or "download"
+    stem, suffix = Path(name).stem, Path(name).suffix
+    number = 1
+    while True:
+        path = folder / (name if number == 1 else f"{stem} ({number}){suffix}")
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+        except FileExistsError:
+            number += 1
+            continue
+        break
+    try:
+        yield path
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

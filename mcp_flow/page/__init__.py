@@ -1,0 +1,1 @@
+"""Seeing and touching a live page from outside its workflow."""

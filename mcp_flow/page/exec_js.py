@@ -1,0 +1,682 @@
+"""Evaluating JavaScript in a live page: read-only as V8 enforces it, or with effects on a stopped run's page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets as tokens
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from playwright.async_api import CDPSession, ConsoleMessage, Frame, Page
+from playwright.async_api import Error as PlaywrightError
+
+from mcp_flow.errors import EvaluationError, FlowError, InvalidInput
+from mcp_flow.page.guard import Secrets, aside, clean, gone, reaching, read_secrets, shortened, whole
+
+SECONDS = 5.0
+"""How long the page may take to answer before any code of the caller runs."""
+MAX_CONSOLE = 50
+MAX_CONSOLE_LINE = 500
+SOURCE = "exec_js"
+"""The name under which stack traces show the evaluated code."""
+
+_SIDE_EFFECT = "EvalError: Possible side-effect in debug-evaluate"
+_LOST = ("navigated or closed", "context was destroyed", "Cannot find context", "Promise was collected")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What came of evaluated code. `value` is JSON; what JSON lacks is tagged, as in `{"$Map": [[1, 2]]}`.
+
+    `type` names the value ("string", "undefined", "Map", "Element", ...), whose own tag is left away. Where the
+    value was `cut`, it is the beginning of its text, and `type` says so. `navigated` is the new URL if the code
+    made the page navigate; `ms` is how long the code took, in milliseconds.
+    """
+
+    value: Any
+    type: str
+    console: tuple[str, ...]
+    navigated: str | None
+    ms: float
+    cut: bool
+
+
+async def evaluate(
+    page: Page,
+    code: str,
+    *,
+    mode: Literal["read", "write"] = "read",
+    ref: str | None = None,
+    locator: str | None = None,
+    timeout_ms: int = 5000,
+    max_chars: int = 8000,
+) -> Evaluation:
+    """Evaluates `code` in `page`: an expression, statements with `return`, or a function, which is called.
+
+    `ref` (of the latest snapshot) or `locator` (a Playwright selector) binds one element, which the code knows as
+    `element` and a function gets as its argument; the code then runs in the element's frame. A promise is awaited.
+    `read` lets nothing through that V8 cannot tell to be free of side effects. What secret fields hold is hidden
+    in everything that comes back. Calls to one page queue.
+
+    Raises `EvaluationError` when the code throws, does not compile, has a side effect in `read` mode, does not end
+    within `timeout_ms`, or its element is not exactly one; `InvalidInput` for code that is empty or both bindings;
+    `PageGone`; and `FlowError` when the page does not answer at all.
+    """
+    if not code.strip():
+        raise InvalidInput("code is empty: give an expression, statements with return, or a function.")
+    if ref is not None and locator is not None:
+        raise InvalidInput("ref and locator both bind the element: give one of them.")
+    if page.is_closed():
+        raise gone()
+    async with _queue(page):
+        async with reaching(page, SECONDS):
+            secrets = await read_secrets(page)
+        try:
+            async with _bound(page, ref, locator) as place:
+                return await _Attempt(page, place, code, mode, timeout_ms, max_chars, secrets).run()
+        except EvaluationError as error:
+            raise EvaluationError(clean_lines(secrets.hide(str(error)))) from None
+
+
+_queues: WeakKeyDictionary[Page, asyncio.Lock] = WeakKeyDictionary()
+
+
+def _queue(page: Page) -> asyncio.Lock:
+    return _queues.setdefault(page, asyncio.Lock())
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where code runs: a session, the context of a child frame, and the expression that gives the element."""
+
+    session: CDPSession
+    context: int | None
+    element: str
+    top: bool
+
+    async def run(self, expression: str, **options: Any) -> dict[str, Any]:
+        """The answer to `Runtime.evaluate`."""
+        if self.context is not None:
+            options["contextId"] = self.context
+        return dict(await self.session.send("Runtime.evaluate", {"expression": expression, **options}))
+
+
+@asynccontextmanager
+async def _bound(page: Page, ref: str | None, locator: str | None) -> AsyncIterator[_Place]:
+    """A place to evaluate in, with the element kept reachable there under an unguessable name meanwhile."""
+    key = f"__mcp_flow_{tokens.token_hex(16)}"
+    place = None
+    try:
+        async with reaching(page, SECONDS):
+            frame = page.main_frame
+            if ref is not None or locator is not None:
+                frame = await _keep_element(page, ref, locator, key)
+            place = await _place(page, frame, None if ref is None and locator is None else key)
+        yield place
+    finally:
+        if place is not None:
+            with suppress(PlaywrightError, TimeoutError):
+                async with asyncio.timeout(1):
+                    if place.element != "undefined":
+                        await place.run(f"delete globalThis.{key}")
+                    await place.session.detach()
+
+
+async def _keep_element(page: Page, ref: str | None, selector: str | None, key: str) -> Frame:
+    found = page.get_by_ref(ref) if ref is not None else page.locator(selector or "")
+    named = f"ref {ref!r}" if ref is not None else f"locator {selector!r}"
+
+    async def kept() -> Frame:
+        try:
+            # A stale ref would wait out the whole time-out: count first.
+            count = await found.count()
+        except PlaywrightError as error:
+            if "selector" not in error.message:
+                raise
+            count = 0
+            if "Invalid frame" not in error.message:
+                raise EvaluationError(f"{named} is no selector: {clean(error.message)[:300]}") from error
+        if count != 1:
+            hint = "take a new snapshot and use a ref of it" if ref is not None else "it must match exactly one"
+            raise EvaluationError(f"{named} matches {count} elements; {hint}.")
+        handle = await found.element_handle(timeout=SECONDS * 1000)
+        frame = await handle.owner_frame()
+        await handle.evaluate(
+            "(element, key) => void Object.defineProperty(globalThis, key, {value: element, configurable: true})",
+            key,
+        )
+        return frame or page.main_frame
+
+    return await aside(page, kept)
+
+
+async def _place(page: Page, frame: Frame, key: str | None) -> _Place:
+    element = "undefined" if key is None else f"globalThis.{key}"
+    if frame == page.main_frame:
+        return _Place(await page.context.new_cdp_session(page), None, element, True)
+    session = await _session_of(page, frame)
+    contexts: list[int] = []
+
+    def created(event: dict[str, Any]) -> None:
+        if event["context"]["auxData"].get("isDefault"):
+            contexts.append(event["context"]["id"])
+
+    session.on("Runtime.executionContextCreated", created)
+    await session.send("Runtime.enable")
+    for context in contexts:
+        place = _Place(session, context, element, False)
+        answer = await place.run(f"Object.hasOwn(globalThis, '{key}')", returnByValue=True)
+        if answer["result"].get("value") is True:
+            return place
+    await session.detach()
+    raise EvaluationError("The element's frame went away meanwhile; take a new snapshot.")
+
+
+async def _session_of(page: Page, frame: Frame) -> CDPSession:
+    """A session for the process that `frame` lives in: its own, an ancestor's or the page's."""
+    above: Frame | None = frame
+    while above is not None and above != page.main_frame:
+        try:
+            return await page.context.new_cdp_session(above)
+        except PlaywrightError as error:
+            if "separate CDP session" not in error.message:
+                raise
+            above = above.parent_frame
+    return await page.context.new_cdp_session(page)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One evaluation from compiling to the hidden, capped answer."""
+
+    page: Page
+    place: _Place
+    code: str
+    mode: Literal["read", "write"]
+    timeout_ms: int
+    max_chars: int
+    secrets: Secrets
+
+    async def run(self) -> Evaluation:
+        async with reaching(self.page, SECONDS):
+            form = await self._compiled()
+        lines: list[str] = []
+
+        def logged(message: ConsoleMessage) -> None:
+            lines.append(f"{message.type}: {message.text}")
+
+        self.page.on("console", logged)
+        try:
+            async with _watching(self.page, self.place, self.mode) as navigation:
+                started = time.perf_counter()
+                packed = await (self._read(form) if self.mode == "read" else self._write(form, navigation))
+                ms = (time.perf_counter() - started) * 1000
+                navigated = await navigation.landed(self.timeout_ms / 1000 - ms / 1000)
+        finally:
+            self.page.remove_listener("console", logged)
+        secrets = await self._secrets_now()
+        value, kind, cut = _capped(secrets.hide_value(packed["v"]), packed, self.max_chars)
+        return Evaluation(
+            value, kind, _console(lines, secrets), navigated and secrets.hide(navigated), round(ms, 1), cut
+        )
+
+    async def _secrets_now(self) -> Secrets:
+        """What the secret fields held before and hold now, for the code may have changed them."""
+        with suppress(PlaywrightError, TimeoutError):
+            async with asyncio.timeout(1):
+                return self.secrets | await read_secrets(self.page)
+        return self.secrets
+
+    async def _compiled(self) -> str:
+        """The code as the text of a function of `element`, in the first form that V8 compiles."""
+        stripped = self.code.strip().rstrip("; \t\r\n")
+        keyword = "" if self.mode == "read" else "async "
+        problems = []
+        for body in (f"({stripped}\n)", f"{{{self.code}\n}}"):
+            form = f"{keyword}(element) => {body}"
+            problem = await self._problem(form)
+            if problem is None:
+                if self.mode == "read" and await self._has_async(form):
+                    raise _unchecked()
+                return form
+            if self.mode == "read" and await self._problem(f"async {form}") is None:
+                raise _unchecked()
+            problems.append(problem)
+        # The form that V8 read further into is the one that was meant.
+        _, text = max(problems)
+        raise EvaluationError(text)
+
+    async def _problem(self, form: str) -> tuple[tuple[int, int], str] | None:
+        # Making a function compiles its body and runs nothing; code that breaks out of the form has no effects.
+        answer = await self.place.run(f"({form}, 0)", throwOnSideEffect=True, timeout=int(SECONDS * 1000))
+        if (details := answer.get("exceptionDetails")) is None:
+            return None
+        at = (details.get("lineNumber", 0), details.get("columnNumber", 0))
+        message = str(details.get("exception", {}).get("description", details["text"])).split("\n")[0]
+        last = self.code.strip().count("\n")
+        return at, f"{message} (line {min(at[0], last) + 1} of the code)"
+
+    async def _has_async(self, form: str) -> bool:
+        """Whether `async` stands in it as a keyword and not merely in a text or as a name."""
+        other = re.sub(r"\basync\b", "xsync", form)
+        return other != form and await self._problem(other) is not None
+
+    async def _read(self, form: str) -> dict[str, Any]:
+        expression = f"((form, run) => run(form))({form}, {_RUN_READ % self._parts()})\n//# sourceURL={SOURCE}"
+        # Never awaitPromise here: it calls `then` of any object, outside V8's check for side effects.
+        answer = await self._answer(
+            self.place.run(expression, throwOnSideEffect=True, timeout=self.timeout_ms), self.timeout_ms / 1000
+        )
+        result = answer["result"]
+        if result.get("subtype") == "promise":
+            started = time.perf_counter()
+            send = self.place.session.send
+            settled = await self._answer(
+                send("Runtime.awaitPromise", {"promiseObjectId": result["objectId"]}), self.timeout_ms / 1000
+            )
+            fields = {k: v for k, v in settled["result"].items() if k in ("objectId", "value", "unserializableValue")}
+            answer = await self._answer(
+                send(
+                    "Runtime.callFunctionOn",
+                    {
+                        "functionDeclaration": f"function (value) {{ return ({_PACK})(value, false, {self._budget}) }}",
+                        "objectId": result["objectId"],
+                        "arguments": [fields],
+                        "throwOnSideEffect": True,
+                    },
+                ),
+                max(0.1, self.timeout_ms / 1000 - (time.perf_counter() - started)),
+            )
+            result = answer["result"]
+        if result["type"] == "string":
+            return dict(json.loads(result["value"]))
+        # V8 does not hand out a regular expression's source without side effects; its description has it.
+        listed = await self.place.session.send(
+            "Runtime.getProperties", {"objectId": result["objectId"], "ownProperties": True}
+        )
+        items = {item["name"]: item["value"] for item in listed["result"] if "value" in item}
+        packed = json.loads(items["0"]["value"])
+        sources = [items[str(index)]["description"] for index in range(1, int(items["length"]["value"]))]
+        packed["v"] = sources[packed["v"]] if packed["t"] == "RegExp" else _with_sources(packed["v"], sources)
+        return dict(packed)
+
+    async def _write(self, form: str, navigation: _Navigation) -> dict[str, Any]:
+        expression = f"((form, run) => run(form))({form}, {_RUN_WRITE % self._parts()})\n//# sourceURL={SOURCE}"
+        try:
+            answer = await self._answer(
+                self.place.run(expression, awaitPromise=True, userGesture=True, timeout=self.timeout_ms),
+                self.timeout_ms / 1000,
+            )
+        except _ContextLostError:
+            navigation.expected = True
+            return {"t": "undefined", "v": None, "c": False}
+        return dict(json.loads(answer["result"]["value"]))
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "element": self.place.element,
+            "code": json.dumps(self.code),
+            "pack": _PACK,
+            "budget": self._budget,
+        }
+
+    @property
+    def _budget(self) -> int:
+        return self.max_chars + 200
+
+    async def _answer(self, sent: Any, seconds: float) -> dict[str, Any]:
+        """V8's answer to running code; raises `EvaluationError` for what the code did or did not do."""
+        try:
+            # V8's own limit ends a loop first, so that none outlives this process; ours ends what only waits.
+            async with asyncio.timeout(seconds + 0.3):
+                answer = dict(await sent)
+        except TimeoutError:
+            raise await self._overdue() from None
+        except PlaywrightError as error:
+            # A loop ended inside an async function is reported as an internal error.
+            if "terminated" in error.message or "Internal error" in error.message:
+                raise EvaluationError(
+                    f"The code did not end within {self.timeout_ms} ms and was stopped; the page is alive."
+                ) from error
+            if self.page.is_closed() or "crashed" in error.message:
+                raise gone() from error
+            if any(words in error.message for words in _LOST):
+                if self.mode == "write":
+                    raise _ContextLostError from error
+                raise EvaluationError("The page navigated meanwhile. Take a new snapshot and try again.") from error
+            raise EvaluationError(f"The page refused the evaluation: {clean(error.message)[:300]}") from error
+        if "exceptionDetails" in answer:
+            raise EvaluationError(_thrown(answer["exceptionDetails"]))
+        return answer
+
+    async def _overdue(self) -> FlowError:
+        """Ends what still runs; says whether it ran or only waited."""
+        with suppress(PlaywrightError, TimeoutError):
+            async with asyncio.timeout(0.5):
+                await self.place.run("0")
+                return EvaluationError(
+                    f"A promise did not settle within {self.timeout_ms} ms; it was left alone and the page is alive."
+                )
+        if self.page.is_closed():
+            return gone()
+        # The page compiled the code a moment ago, so what keeps it busy now is this code.
+        with suppress(PlaywrightError, TimeoutError):
+            async with asyncio.timeout(1):
+                await self.place.session.send("Runtime.terminateExecution")
+                await self.place.run("0")
+                return EvaluationError(
+                    f"The code did not end within {self.timeout_ms} ms and was stopped; the page is alive."
+                )
+        return FlowError("The page does not answer any more: it has crashed, or a dialog is open in it.")
+
+
+class _ContextLostError(Exception):
+    """The document that the code ran in is gone: the code navigated."""
+
+
+def _unchecked() -> EvaluationError:
+    return EvaluationError(
+        "Async functions and await can't be checked for side effects, so read mode refuses them; nothing ran. "
+        'Give the promise itself, it is awaited; or use mode="write" on a stopped run.'
+    )
+
+
+def _thrown(details: dict[str, Any]) -> str:
+    """What was thrown and where, from V8's details."""
+    exception = details.get("exception", {})
+    description = str(exception.get("description", exception.get("value", details.get("text", ""))))
+    message, _, stack = description.partition("\n    at ")
+    if message.startswith(_SIDE_EFFECT):
+        return (
+            "The code may have a side effect, so read mode stopped it; the page was not changed. (V8 also refuses "
+            "some harmless calls: closest, matches, toJSON, console, classes, object spread.) "
+            'Write it otherwise, or use mode="write" on a stopped run: hijack stops it.'
+        )
+    if exception.get("subtype") != "error":
+        preview = exception.get("preview", {}).get("properties", [])
+        fields = ", ".join(f"{item['name']}: {item.get('value', item['type'])}" for item in preview)
+        message = f"Thrown: {message}" + (f" {{{fields}}}" if fields else "")
+    frames = details.get("stackTrace", {}).get("callFrames", [])
+    frame = stack.split("\n")[0]
+    if own := re.search(rf"{SOURCE}:(\d+):\d+", frame):
+        return f"{message} (line {own[1]} of the code)"
+    if not frame and frames and frames[0]["url"] == SOURCE:
+        return f"{message} (line {frames[0]['lineNumber'] + 1} of the code)"
+    return f"{message} (at {frame})" if frame else message
+
+
+def clean_lines(text: str) -> str:
+    """`text` within 2,000 characters, each of its lines clean."""
+    return shortened("\n".join(clean(line) for line in text.split("\n")), 2000)
+
+
+@dataclass(slots=True)
+class _Navigation:
+    """Whether the main frame was asked to navigate, and whether it did."""
+
+    page: Page
+    expected: bool = False
+    done: asyncio.Event | None = None
+
+    async def landed(self, seconds: float) -> str | None:
+        """The new URL, after waiting for a navigation under way for `seconds`, 3 at most."""
+        if self.done is None:
+            return None
+        if self.expected and not self.done.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(3.0, max(0.5, seconds))):
+                    await self.done.wait()
+        return self.page.url if self.done.is_set() else None
+
+
+@asynccontextmanager
+async def _watching(page: Page, place: _Place, mode: Literal["read", "write"]) -> AsyncIterator[_Navigation]:
+    """Notices a navigation that the code asks for; code in `read` mode can't ask for any."""
+    if mode == "read":
+        yield _Navigation(page)
+        return
+    done = asyncio.Event()
+    navigation = _Navigation(page, done=done)
+
+    def navigated(frame: Frame) -> None:
+        if frame == page.main_frame:
+            done.set()
+
+    page.on("framenavigated", navigated)
+    try:
+        if place.top:
+            async with reaching(page, SECONDS):
+                tree = await place.session.send("Page.getFrameTree")
+                main = tree["frameTree"]["frame"]["id"]
+
+                def expected(event: dict[str, Any]) -> None:
+                    if event["frameId"] == main and event.get("disposition", "currentTab") == "currentTab":
+                        navigation.expected = True
+
+                for name in ("frameRequestedNavigation", "navigatedWithinDocument"):
+                    place.session.on(f"Page.{name}", expected)
+                await place.session.send("Page.enable")
+        yield navigation
+    finally:
+        page.remove_listener("framenavigated", navigated)
+
+
+def _console(lines: list[str], secrets: Secrets) -> tuple[str, ...]:
+    shown = [shortened(clean(secrets.hide(line)), MAX_CONSOLE_LINE) for line in lines[:MAX_CONSOLE]]
+    if len(lines) > MAX_CONSOLE:
+        shown.append(f"[{len(lines) - MAX_CONSOLE} more lines]")
+    return tuple(shown)
+
+
+def _capped(value: Any, packed: dict[str, Any], max_chars: int) -> tuple[Any, str, bool]:
+    """The value, its type, and whether the value had to be cut to `max_chars` characters."""
+    kind = str(packed["t"])
+    value = _whole(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not packed["c"] and len(text) <= max_chars:
+        return value, kind, False
+    what = "its text" if isinstance(value, str) else "its JSON"
+    total = f" of {packed['n']}" if "n" in packed else ""
+    return text[:max_chars], f"{kind}, cut: the first {min(len(text), max_chars)}{total} characters of {what}", True
+
+
+def _whole(value: Any) -> Any:
+    """The value without lone surrogates, which no encoding of the answer would take."""
+    match value:
+        case str():
+            return whole(value)
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {whole(key): _whole(item) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _with_sources(value: Any, sources: list[str]) -> Any:
+    """The value with each numbered regular expression replaced by its text."""
+    match value:
+        case {"$RegExp": int(number), **rest} if not rest:
+            return {"$RegExp": sources[number]}
+        case {"$Object": dict(plain), **rest} if not rest:
+            return {"$Object": {key: _with_sources(item, sources) for key, item in plain.items()}}
+        case dict():
+            return {key: _with_sources(item, sources) for key, item in value.items()}
+        case list():
+            return [_with_sources(item, sources) for item in value]
+        case _:
+            return value
+
+
+_CALL = """
+  const literal = (value, code) => {
+    if (typeof value !== "function") return false;
+    const source = Function.prototype.toString.call(value);
+    return code.includes(source)
+      && /^(?:\\s|[();]|\\/\\/[^\\n]*|\\/\\*[^]*?\\*\\/)*$/.test(code.replace(source, () => ""));
+  };"""
+
+_RUN_READ = (
+    "(form) => {"
+    + _CALL
+    + """
+  const element = %(element)s;
+  let value = form(element);
+  if (literal(value, %(code)s)) value = value(element);
+  if (!ArrayBuffer.isView(value) && Object.prototype.toString.call(value) === "[object Promise]") return value;
+  return (%(pack)s)(value, false, %(budget)d);
+}"""
+)
+
+_RUN_WRITE = (
+    "async (form) => {"
+    + _CALL
+    + """
+  const element = %(element)s;
+  let value = await form(element);
+  if (literal(value, %(code)s)) value = await value(element);
+  return (%(pack)s)(value, true, %(budget)d);
+}"""
+)
+
+_PACK = r"""(value, effects, budget) => {
+  // Only what V8 holds for free of side effects: no delete, spread or class, no setting of an outer variable,
+  // no Map.forEach, no RegExp.source, no tag of a typed array.
+  const stack = [], paths = [], regexps = [];
+  const state = {left: budget, cut: false};
+  const text = (string) => {
+    if (string.length > state.left) { state.cut = true; string = string.slice(0, state.left > 0 ? state.left : 0); }
+    state.left -= string.length + 2;
+    return JSON.stringify(string);
+  };
+  const node = (it) => {
+    if (it.nodeType === 9) return "#document " + it.URL;
+    if (it.nodeType !== 1) return it.nodeName + ' "' + String(it.nodeValue || "").trim().slice(0, 60) + '"';
+    let out = "<" + it.localName;
+    for (const name of ["id", "class", "type", "name", "role", "href"]) {
+      const held = it.getAttribute(name);
+      if (held) out += " " + name + '="' + held.slice(0, 40) + '"';
+    }
+    const inner = (it.textContent || "").slice(0, 400).trim().replace(/\s+/g, " ");
+    return out + ">" + (inner.length > 60 ? inner.slice(0, 60) + "\u2026" : inner);
+  };
+  const list = (it, path) => {
+    let out = "[";
+    for (let i = 0; i < it.length; i++) {
+      if (state.left < 0) { state.cut = true; break; }
+      if (i) out += ",";
+      out += nested(it, i, path);
+    }
+    return out + "]";
+  };
+  const object = (it, path) => {
+    let out = "{", count = 0, tagged = false;
+    for (const key of Object.keys(it)) {
+      if (state.left < 0) { state.cut = true; break; }
+      tagged = count === 0 && key[0] === "$";
+      out += (count++ ? "," : "") + text(key) + ":" + nested(it, key, path);
+      state.left -= 2;
+    }
+    out += "}";
+    return tagged && count === 1 ? '{"$Object":' + out + "}" : out;
+  };
+  const entries = (it, path) => {
+    const items = [];
+    for (const item of it) { if (items.push(item) > state.left) { state.cut = true; break; } }
+    return list(items, path);
+  };
+  // [type, JSON text, whether JSON itself says the type]
+  const tag = (it, path) => {
+    if (it === null) return ["null", "null", true];
+    switch (typeof it) {
+      case "undefined": return ["undefined", "null", false];
+      case "boolean": return ["boolean", String(it), true];
+      case "string": return ["string", text(it), true];
+      case "number":
+        if (Object.is(it, -0)) return ["number", '"-0"', false];
+        return Number.isFinite(it) ? ["number", String(it), true] : ["number", '"' + it + '"', false];
+      case "bigint": return ["bigint", text(String(it)), false];
+      case "symbol": return ["symbol", text(Symbol.prototype.toString.call(it)), false];
+      case "function": return ["function", text(Function.prototype.toString.call(it).slice(0, 200)), false];
+    }
+    const seen = stack.indexOf(it);
+    if (seen >= 0) return ["cycle", text(paths[seen]), false];
+    if (stack.length > 60) { state.cut = true; return ["Object", '"\u2026"', false]; }
+    stack.push(it); paths.push(path);
+    try {
+      if (it.window === it) return ["Window", '"[Window]"', false];
+      if (Array.isArray(it)) return ["array", list(it, path), true];
+      if (ArrayBuffer.isView(it)) {
+        const name = String(it.constructor.name);
+        return name === "DataView" ? [name, text(it.byteLength + " bytes"), false] : [name, list(it, path), false];
+      }
+      const name = Object.prototype.toString.call(it).slice(8, -1);
+      if (typeof it.nodeType === "number" && typeof it.nodeName === "string") {
+        return [it.nodeType === 1 ? "Element" : it.nodeType === 9 ? "Document" : "Node", text(node(it)), false];
+      }
+      if (name === "Date") {
+        return ["Date", Number.isFinite(it.getTime()) ? text(it.toISOString()) : '"Invalid Date"', false];
+      }
+      if (name === "RegExp") return ["RegExp", effects ? text(String(it)) : String(regexps.push(it) - 1), false];
+      if (name === "Error" || name === "DOMException") {
+        return ["Error", text(String(it.name) + ": " + String(it.message)), false];
+      }
+      if (name === "Map") return ["Map", entries(it, path), false];
+      if (name === "Set") return ["Set", entries(it, path), false];
+      if (name === "ArrayBuffer") return [name, text(it.byteLength + " bytes"), false];
+      if (name === "URL" || name === "Location") return [name, text(it.href), false];
+      if (/(List|Collection|Arguments|NamedNodeMap)$/.test(name) && typeof it.length === "number") {
+        return [name, list(it, path), false];
+      }
+      if (/^DOM(Rect|Point)/.test(name)) {
+        const plain = {};
+        for (const key of ["x", "y", "z", "w", "width", "height", "top", "right", "bottom", "left"]) {
+          if (typeof it[key] === "number") plain[key] = it[key];
+        }
+        return [name, object(plain, path), false];
+      }
+      if (Object.keys(it).length === 0 && name !== "Object") {
+        if (effects && typeof it.toJSON === "function") return [name, nested([it.toJSON()], 0, path), false];
+        return [name, text("[object " + name + "]"), false];
+      }
+      return ["object", object(it, path), true];
+    } finally {
+      stack.pop(); paths.pop();
+    }
+  };
+  const guarded = (it, path) => {
+    try {
+      return tag(it, path);
+    } catch (error) {
+      return ["thrown", thrown(error), false];
+    }
+  };
+  const thrown = (error) => {
+    try { return text(String(error && error.message || error)); } catch { return '"unreadable"'; }
+  };
+  const nested = (holder, key, path) => {
+    let it;
+    try { it = holder[key]; } catch (error) { return '{"$thrown":' + thrown(error) + "}"; }
+    if (typeof it === "string") return text(it);
+    state.left -= 1;
+    if (typeof it === "number" && Number.isFinite(it) && !Object.is(it, -0)) {
+      const json = String(it);
+      state.left -= json.length;
+      return json;
+    }
+    const tagged = guarded(it, path + (typeof key === "number" ? "[" + key + "]" : "." + key));
+    if (tagged[2]) { state.left -= 4; return tagged[1]; }
+    state.left -= tagged[0].length + 6;
+    return '{"$' + tagged[0] + '":' + tagged[1] + "}";
+  };
+  const length = typeof value === "string" ? ',"n":' + value.length : "";
+  const [type, json] = guarded(value, "$");
+  const packed = '{"t":' + JSON.stringify(type) + ',"v":' + json + ',"c":' + state.cut + length + "}";
+  return regexps.length ? [packed].concat(regexps) : packed;
+}"""

@@ -1,0 +1,174 @@
+"""What every way to a live page shares: calls beside the workflow, clean text, hidden secrets, errors by name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from playwright._impl.channel_owner import ApiCallOptions
+from playwright.async_api import Error as PlaywrightError
+from playwright.async_api import Frame, Page
+from playwright.async_api import TimeoutError as PlaywrightTimeout
+
+from mcp_flow.errors import FlowError, PageGone
+
+T = TypeVar("T")
+
+HIDDEN = "[hidden]"
+SECRET_FIELDS = ", ".join(
+    ["input[type=password]"]
+    + [
+        f'{tag}[autocomplete~="{word}" i]'
+        for word in ("cc-number", "cc-csc", "one-time-code", "current-password", "new-password")
+        for tag in ("input", "textarea")
+    ]
+)
+SHORTEST_REPLACED = 4
+"""A shorter secret is hidden only where it stands alone: replaced everywhere, it would wreck the text."""
+
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\U000e0000-\U000e01ef]"
+)
+_BREAK = re.compile("[\t\n\r\u2028\u2029]+")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+async def aside(page: Page, call: Callable[[], Awaitable[T]]) -> T:
+    """The result of `call`, none of whose Playwright calls a requested debugger pause takes for the workflow's.
+
+    A pause requested on a context stops the next call of any client, `locator.count()` of a mere look too; the
+    look would hang and the workflow run on. Only calls that Playwright holds for internal are let through.
+    """
+    inside: Awaitable[T] = page._impl_obj._wrap_api_call(lambda _zone: call(), ApiCallOptions(internal=True))
+    return await inside
+
+
+@asynccontextmanager
+async def reaching(page: Page, seconds: float) -> AsyncIterator[None]:
+    """Turns what Playwright raises into `PageGone`, or `FlowError` for a page silent for `seconds`."""
+    if page.is_closed():
+        raise gone()
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except (TimeoutError, PlaywrightTimeout) as error:
+        raise FlowError(
+            f"The page at {shown_url(page.url)} did not answer within {seconds:g} s: a script in it runs without "
+            "end, a dialog is open, or it has not begun to load. Try again, or stop the script: hijack the run, "
+            "then navigate; cancel ends the run."
+        ) from error
+    except PlaywrightError as error:
+        if page.is_closed() or "crashed" in error.message or "has been closed" in error.message:
+            raise gone() from error
+        raise FlowError(f"The page could not be read: {clean(error.message)[:500]}. Try again.") from error
+
+
+def gone() -> PageGone:
+    """The error for a page that nothing can be read from any more."""
+    return PageGone(
+        "The page is gone: it was closed or has crashed. get_run says where the run stands; when it is resumed "
+        "it gets a new page."
+    )
+
+
+def clean(text: str) -> str:
+    """`text` in one line, without control, zero-width and bidi characters, lone surrogates replaced."""
+    return _LONE_SURROGATE.sub("\ufffd", _INVISIBLE.sub("", _BREAK.sub(" ", text)))
+
+
+def whole(text: str) -> str:
+    """`text` with its lone surrogates replaced: it can be encoded, and is unchanged otherwise."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """`text`, or its beginning and how many characters are missing, within about `limit` characters."""
+    return text if len(text) <= limit else f"{text[: max(0, limit - 24)]}… [{len(text) - limit + 24} more characters]"
+
+
+def shown_url(url: str, limit: int = 200) -> str:
+    """`url` so that no text of the page can be read from it as prose: percent-encoded and capped."""
+    return shortened(urllib.parse.quote(clean(url), safe="/:?#[]@!$&'()*+,;=%~-._"), limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What the page's secret fields hold: passwords, card numbers, one-time codes."""
+
+    values: frozenset[str] = frozenset()
+    pattern: re.Pattern[str] | None = None
+
+    @classmethod
+    def of(cls, values: Iterable[str]) -> Secrets:
+        """Secrets of these values; empty ones are none."""
+        held = frozenset(form for value in values for form in (value, normal(value)) if form)
+        forms = {
+            form
+            for value in held
+            if len(value) >= SHORTEST_REPLACED
+            for form in (value, urllib.parse.quote(value, safe=""), urllib.parse.quote_plus(value))
+        }
+        ordered = sorted(forms, key=lambda form: (-len(form), form))
+        return cls(held, re.compile("|".join(map(re.escape, ordered))) if ordered else None)
+
+    def __or__(self, other: Secrets) -> Secrets:
+        return self if self.values == other.values else Secrets.of(self.values | other.values)
+
+    def hold(self, text: str) -> bool:
+        """Whether `text` as a whole is one of them."""
+        return bool(self.values) and normal(text) in self.values
+
+    def hide(self, text: str) -> str:
+        """`text` with every secret in it hidden, except those that are too short to be told from other text."""
+        return self.pattern.sub(HIDDEN, text) if self.pattern else text
+
+    def hide_value(self, value: Any) -> Any:
+        """A JSON value with the secrets in its texts, keys and numbers hidden, also short ones standing alone."""
+        if not self.values:
+            return value
+        match value:
+            case str():
+                return HIDDEN if self.hold(value) else self.hide(value)
+            case bool() | None:
+                return value
+            case int() | float():
+                return HIDDEN if len(shown := json.dumps(value)) >= SHORTEST_REPLACED and self.hold(shown) else value
+            case list():
+                return [self.hide_value(item) for item in value]
+            case dict():
+                return {self.hide(key): self.hide_value(item) for key, item in value.items()}
+            case _:
+                raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+def normal(text: str) -> str:
+    """`text` as Playwright's snapshots show a field's value: white space collapsed, invisible characters gone."""
+    return " ".join(clean(text).split())
+
+
+async def read_secrets(page: Page) -> Secrets:
+    """What the secret fields hold now, in every frame and open shadow root. Raises what Playwright raises."""
+
+    async def held(frame: Frame) -> list[str]:
+        for attempt in range(3):
+            try:
+                fields = frame.locator(SECRET_FIELDS)
+                return list(await fields.evaluate_all("fields => fields.map(field => String(field.value))"))
+            except PlaywrightError as error:
+                if frame.is_detached():
+                    return []
+                if attempt == 2 or "crashed" in error.message or page.is_closed():
+                    raise
+        raise AssertionError("unreachable")
+
+    async def all_held() -> list[list[str]]:
+        return await asyncio.gather(*(held(frame) for frame in page.frames))
+
+    return Secrets.of(value for values in await aside(page, all_held) for value in values)

@@ -1,0 +1,214 @@
+"""How processes of one home folder know of each other: life locks, doorbells, and the start of a worker.
+
+A worker holds a file lock for life, so a free lock means that it is dead, whatever its process id says. A doorbell is
+a Unix datagram socket; ringing it says "look at this run", and a ring that is lost costs a poll, never an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mcp_flow.config import Settings, private_folder
+from mcp_flow.errors import FlowError
+
+STOP_SECONDS = 15.0
+"""Beyond its grace, what a worker may take to end."""
+
+
+class LifeLock:
+    """A worker's sign of life: `workers/<id>.lock`, held until its process ends."""
+
+    def __init__(self, settings: Settings, worker: str) -> None:
+        folder = private_folder(settings.home / "workers")
+        self._path = folder / f"{worker}.lock"
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        """Say that the worker is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        os.close(self._fd)
+
+
+def is_alive(settings: Settings, worker: str) -> bool:
+    """Whether a worker's process still holds its lock."""
+    try:
+        fd = os.open(settings.home / "workers" / f"{worker}.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def living(settings: Settings) -> set[str]:
+    """The workers whose processes live; library processes, whose ids begin with `lib-`, included."""
+    names = {path.stem for path in (settings.home / "workers").glob("*.lock")}
+    return {name for name in names if is_alive(settings, name)}
+
+
+def sweep(settings: Settings) -> None:
+    """Remove the lock files of dead workers."""
+    for path in (settings.home / "workers").glob("*.lock"):
+        if not is_alive(settings, path.stem):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def changing_of_the_guard(settings: Settings) -> Iterator[None]:
+    """Held while a worker is started, and by a worker between its last look for work and its end."""
+    private_folder(settings.home)
+    fd = os.open(settings.home / "start.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def ensure_worker(settings: Settings) -> None:
+    """Start a worker unless one lives; blocks for as long as another process is doing the same (call in a thread).
+
+    Raises `FlowError` when the worker dies at its start, with the end of its log.
+    """
+    with changing_of_the_guard(settings):
+        if any(not worker.startswith("lib-") for worker in living(settings)):
+            return
+        log = private_folder(settings.home / "logs") / "worker.log"
+        before = log.stat().st_size if log.exists() else 0
+        worker = f"w-{secrets.token_hex(4)}"
+        ready, done = os.pipe()
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "mcp_flow", "worker", "--id", worker, "--ready-fd", str(done)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=[done],
+                env=os.environ | settings.environment(),
+            )
+        os.close(done)
+        with open(ready, "rb") as pipe:
+            if pipe.read(1):
+                _reap(process)
+                return
+        process.wait()
+        tail = log.read_bytes()[before:][-2000:].decode(errors="replace").strip()
+        raise FlowError(f"The worker ended at its start (status {process.returncode}); see {log}.\n{tail}".strip())
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    """Leave the worker to itself, without a warning of ours and without a zombie while we live."""
+    threading.Thread(target=process.wait, daemon=True).start()
+
+
+def stop_workers(settings: Settings) -> int:
+    """End the detached workers, giving each time to release its runs (call in a thread); returns how many."""
+    stopped = {worker for worker in living(settings) if not worker.startswith("lib-")}
+    deadline = time.monotonic() + settings.grace + STOP_SECONDS
+    told: set[str] = set()
+    while alive := {worker for worker in stopped if is_alive(settings, worker)}:
+        late = time.monotonic() > deadline
+        for worker in alive if late else alive - told:
+            with contextlib.suppress(OSError, ValueError):
+                pid = int((settings.home / "workers" / f"{worker}.lock").read_text())
+                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+                told.add(worker)
+        time.sleep(0.02)
+    sweep(settings)
+    return len(stopped)
+
+
+class Doorbell:
+    """This process's bell: `wait` returns the runs that it was rung for."""
+
+    def __init__(self, settings: Settings) -> None:
+        folder = private_folder(settings.runtime)
+        self._path = folder / f"{os.getpid()}-{secrets.token_hex(3)}.sock"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._socket.bind(str(self._path))
+        self._path.chmod(0o600)
+        self._rung: set[str] = set()
+        self._waiters: set[asyncio.Future[None]] = set()
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._read)
+
+    async def wait(self, seconds: float) -> set[str]:
+        """Wait for a ring, at most so long; returns the ids it was rung for, for one waiter at a time."""
+        if not self._rung:
+            await self.next_ring(seconds)
+        rung, self._rung = self._rung, set()
+        return rung
+
+    async def next_ring(self, seconds: float) -> None:
+        """Wait for the next ring, at most so long; any number may wait."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def ring(self, run_id: str) -> None:
+        """Ring in this very process."""
+        self._rung.add(run_id)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def close(self) -> None:
+        """Take the bell down."""
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                run_id = self._socket.recv(128).decode(errors="replace")
+            except (BlockingIOError, InterruptedError):
+                return
+            self.ring(run_id)
+
+
+def ring(settings: Settings, run_id: str) -> None:
+    """Ring every bell of the home folder; a bell whose process is dead is taken down."""
+    folder = settings.runtime
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as out:
+        for path in _bells(folder):
+            try:
+                out.sendto(run_id.encode(), str(path))
+            except ConnectionRefusedError:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            except OSError:  # full: it is ringing already; or gone between the listing and the ring
+                continue
+
+
+def _bells(folder: Path) -> list[Path]:
+    try:
+        return list(folder.glob("*.sock"))
+    except OSError:
+        return []

@@ -1,0 +1,120 @@
+"""Tools that start runs, show them, and let them go on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from mcp.server.mcpserver import Context
+from mcp_types import CallToolResult
+from pydantic import Field
+
+from mcp_flow.config import parse_viewport
+from mcp_flow.control import Channel
+from mcp_flow.tools import state
+from mcp_flow.tools.register import answer
+from mcp_flow.views import RunView, show_events, show_row, show_steps
+
+Wait = Annotated[float, Field(ge=0, le=45, description="seconds to wait for a stop or the end")]
+AGENT = Channel()
+
+
+async def list_workflows(ctx: Context[Any], name: str | None = None) -> CallToolResult:
+    """The workflows that can be started: input schema, file and line; files that can't be read, with their error.
+    With a name: that one, with its source and step names."""
+    app = await state.app(ctx)
+    if name is None:
+        catalog = await app.reader.catalog()
+        listed = [state.show_workflow(described) for described in catalog.workflows.values()]
+        broken = [{"file": file.file, "error": file.error} for file in catalog.broken]
+        following = 'start_run(workflow="…", input={…})' if listed else f"write a workflow in {app.settings.workflows}"
+        return answer({"workflows": listed, "broken": broken, "folder": str(app.settings.workflows), "next": following})
+    described, revision = await app.reader.describe(name)
+    source = revision.files[revision.entry].decode("utf-8", "replace")
+    return answer(state.show_workflow(described) | {"steps": described.steps, "source": source})
+
+
+async def start_run(
+    ctx: Context[Any],
+    workflow: str,
+    input: Annotated[dict[str, Any] | None, Field(description="see list_workflows")] = None,
+    run_id: Annotated[str | None, Field(description="your own id; the same again is the same run")] = None,
+    wait_s: Wait = 20,
+    headless: bool = True,
+    viewport: Annotated[str | None, Field(description="like 1366x768")] = None,
+) -> Annotated[CallToolResult, RunView]:
+    """Start a workflow. Returns when it first stops (an approval, a question, a failure), ends, or after wait_s;
+    the run goes on by itself in any case."""
+    app = await state.app(ctx)
+    size = parse_viewport(viewport) if viewport else None
+    new_id = await app.control.start(workflow, input, run_id=run_id, headless=headless, viewport=size)
+    return answer(await state.watched(ctx, app, new_id, wait_s))
+
+
+async def get_run(
+    ctx: Context[Any],
+    run_id: str,
+    wait_s: Wait = 0,
+    since: Annotated[int | None, Field(ge=0, description="also show the events after this seq")] = None,
+    limit: Annotated[int, Field(ge=1, le=500)] = 50,
+) -> Annotated[CallToolResult, RunView]:
+    """A run: status, why it waits, what it is at, its steps, its page, where its files are."""
+    app = await state.app(ctx)
+    view = await state.watched(ctx, app, run_id, wait_s)
+    run = await app.control.run(run_id)
+    steps = show_steps(run)
+    view["steps"] = steps[-limit:]
+    if len(steps) > limit:
+        view["note"] = f"{len(steps) - limit} earlier steps are left out; limit={min(len(steps), 500)} shows more."
+    view["last_seq"] = run.seq
+    if since is not None:
+        view["events"] = show_events(await app.control.events(run_id, since, limit))
+        if view["events"] and view["events"][-1]["seq"] < run.seq:
+            view["note"] = f"More events follow: get_run(run_id={run_id!r}, since={view['events'][-1]['seq']})"
+    return answer(view)
+
+
+async def list_runs(
+    ctx: Context[Any],
+    status: Annotated[list[str] | None, Field(description="such as failed, waiting-approval, interrupted")] = None,
+    workflow: str | None = None,
+    query: Annotated[str | None, Field(description="text in the id or the reason")] = None,
+    limit: Annotated[int, Field(ge=1, le=200)] = 20,
+    cursor: str | None = None,
+) -> CallToolResult:
+    """The registry of runs, newest first, with step, age and why."""
+    app = await state.app(ctx)
+    return answer(await state.registry(app, status or [], workflow, query, limit, cursor, show_row))
+
+
+async def resume(
+    ctx: Context[Any],
+    run_id: str,
+    value: Annotated[Any, Field(description="the answer to its question")] = None,
+    request_id: str | None = None,
+    step: Annotated[Literal["done", "again"] | None, Field(description="settles an in-doubt step")] = None,
+    rerun: Annotated[list[str] | None, Field(description="finished steps to do again")] = None,
+    wait_s: Wait = 20,
+) -> CallToolResult:
+    """Let a stopped run go on with the code as it is now on disk: after a failure, a pause, a hijack, or with a value
+    for its question. Finished steps are not done again. An approval is given with approve."""
+    app = await state.app(ctx)
+    remark = await app.control.resume(
+        run_id,
+        AGENT,
+        value=value,
+        has_value=value is not None or state.was_given(ctx, "value"),
+        request_id=request_id,
+        step=step,
+        rerun=rerun or (),
+    )
+    view = await state.watched(ctx, app, run_id, wait_s if remark is None else 0)
+    if remark:
+        view["note"] = remark
+    return answer(view)
+
+
+async def cancel(ctx: Context[Any], run_id: str, reason: str) -> CallToolResult:
+    """Stop a run for good: its questions are withdrawn and its page is closed."""
+    app = await state.app(ctx)
+    await app.control.cancel(run_id, AGENT, reason)
+    return answer(await state.watched(ctx, app, run_id, 0))

@@ -1,0 +1,155 @@
+"""How tools reach the app, wait for a run, and show what they found."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+from mcp.server.mcpserver import Context
+
+from mcp_flow.app import App
+from mcp_flow.catalog import Description
+from mcp_flow.errors import InvalidInput
+from mcp_flow.run import Run
+from mcp_flow.store import RunRow
+from mcp_flow.views import RunView, next_call, show_request_row, show_run
+
+STATUSES = (
+    "queued", "running", "interrupted", "paused", "waiting-input", "waiting-approval", "waiting-event", "waiting-timer",
+    "in-doubt", "hijacked", "failed", "finished", "cancelled", "continued",
+)  # fmt: skip
+
+
+async def app(ctx: Context[Any]) -> App:
+    """The app of this server, opened by the first call that needs it."""
+    opened: App = await ctx.request_context.lifespan_context.app()
+    return opened
+
+
+def was_given(ctx: Context[Any], name: str) -> bool:
+    """Whether the caller named this argument, be it with null."""
+    params = getattr(ctx.request_context, "params", None)
+    arguments = params.get("arguments") if isinstance(params, dict) else getattr(params, "arguments", None)
+    return isinstance(arguments, dict) and name in arguments
+
+
+async def watched(ctx: Context[Any], app: App, run_id: str, wait_s: float) -> RunView:
+    """The run once it has stopped, or after `wait_s`, telling the caller of progress meanwhile."""
+
+    async def tell(run: Run) -> None:
+        progress = run.progress
+        step = next(iter(run.running_steps()), None)
+        message = progress.message if progress and progress.message else f"{run.status}: {step.key if step else ''}"
+        await ctx.report_progress(run.seq, None, message)
+
+    await app.control.run(run_id)
+    run = await app.control.wait(run_id, wait_s, tell)
+    status = "interrupted" if app.control.interrupted(run.status, run.owner) else run.status
+    folder = str(app.settings.run_folder(run_id))
+    return show_run(run, status=status, folder=folder, url=await app.control.last_url(run))
+
+
+def following(app: App, run: Run) -> str:
+    """The literal next call for a run."""
+    return next_call(run, run.status)
+
+
+def facts(app: App, run: Run) -> list[str]:
+    """What the server itself says of a run in front of its page."""
+    status = "interrupted" if app.control.interrupted(run.status, run.owner) else run.status
+    assert run.created
+    lines = [f"run {run.run_id} ({run.created.workflow}): {status}"]
+    if step := next(iter(run.running_steps()), None):
+        lines[0] += f" at step {step.key}"
+    if run.error:
+        at = f" at step {run.error.step}" if run.error.step else ""
+        lines.append(f"failed{at} with {run.error.type}")
+    lines.append(f"next: {next_call(run, status)}")
+    return lines
+
+
+def show_workflow(described: Description) -> dict[str, Any]:
+    """A workflow as `list_workflows` shows it."""
+    shown = {
+        "name": described.name,
+        "description": described.description,
+        "input_schema": described.input_schema,
+        "file": described.file,
+        "line": described.line,
+        "warnings": described.warnings or None,
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+async def registry(
+    app: App,
+    status: Sequence[str],
+    workflow: str | None,
+    query: str | None,
+    limit: int,
+    cursor: str | None,
+    show: Callable[[RunRow, str, datetime], dict[str, Any]],
+) -> dict[str, Any]:
+    """A page of `list_runs`."""
+    if unknown := [word for word in status if word not in STATUSES]:
+        raise InvalidInput(f"There is no status {unknown[0]!r}. The statuses: {', '.join(STATUSES)}.")
+    stored = ["running" if word == "interrupted" else word for word in status]
+    now = app.store.now()
+    before = _cursor(cursor)
+    shown: list[dict[str, Any]] = []
+    more: str | None = None
+    rows = await app.control.runs(stored, workflow, query, limit + 1, int(before[0]) if before else None)
+    for row in rows[:limit]:
+        word = "interrupted" if app.control.interrupted(row.status, row.owner) else row.status
+        if not status or word in status:
+            shown.append(show(row, word, now))
+    if len(rows) > limit:
+        more = _as_cursor([str(rows[limit - 1].no)])
+    view = {"runs": shown, "cursor": more, "next": _more("list_runs", more) or 'get_run(run_id="…")'}
+    return {name: value for name, value in view.items() if value is not None}
+
+
+async def pending(app: App, run_id: str | None, kind: str | None, limit: int, cursor: str | None) -> dict[str, Any]:
+    """A page of `list_pending`."""
+    if run_id is not None:
+        await app.control.run(run_id)
+    after = _cursor(cursor)
+    kinds = [kind] if kind else ["pause", "input", "approval", "in-doubt", "takeover"]
+    place = (after[0], after[1]) if after else None
+    rows = await app.control.requests(run_id, kinds, limit + 1, place)
+    now = app.store.now()
+    shown = [show_request_row(row, now) for row in rows[:limit]]
+    more = _as_cursor([rows[limit - 1].opened_at, rows[limit - 1].request.request_id]) if len(rows) > limit else None
+    counts = await app.control.counts()
+    following = _more("list_pending", more) or (shown[0]["answer"] if shown else "list_runs()")
+    view = {
+        "requests": shown,
+        "failed": counts.get("failed", 0),
+        "in_doubt": counts.get("in-doubt", 0),
+        "cursor": more,
+        "next": following,
+    }
+    return {name: value for name, value in view.items() if value is not None}
+
+
+def _more(tool: str, cursor: str | None) -> str | None:
+    return f'{tool}(cursor="{cursor}") shows the next page' if cursor else None
+
+
+def _as_cursor(parts: list[str]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
+
+
+def _cursor(cursor: str | None) -> list[str] | None:
+    if cursor is None:
+        return None
+    try:
+        parts = json.loads(base64.urlsafe_b64decode(cursor))
+        if not all(isinstance(part, str) for part in parts) or not (len(parts) == 2 or parts[0].isdigit()):
+            raise ValueError
+    except (ValueError, TypeError, IndexError) as error:
+        raise InvalidInput(f"{cursor[:80]!r} is no cursor; leave it out to begin at the start.") from error
+    return list(parts)

@@ -1,0 +1,223 @@
+"""How runs and requests are shown: the same fields with the same words on every surface. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from mcp_flow import events as ev
+from mcp_flow.run import Request, Run
+from mcp_flow.store import RequestRow, RunRow
+
+LONGEST_VALUE = 4000
+"""Characters of a journaled value in a listing; longer ones are cut, and say so."""
+
+
+class RunView(TypedDict, total=False):
+    """A run as tools show it; absent fields do not apply."""
+
+    run_id: str
+    workflow: str
+    status: str
+    next: str
+    why: str
+    step: str
+    output: Any
+    error: dict[str, Any]
+    pending: list[dict[str, Any]]
+    page: dict[str, Any]
+    progress: dict[str, Any]
+    attempt: int
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    last_seq: int
+    folder: str
+    artifacts: list[str]
+    created_at: str
+    updated_at: str
+    note: str
+
+
+def show_run(run: Run, *, status: str, folder: str, url: str | None = None) -> RunView:
+    """A run without its steps and events. `status` may be `interrupted`, which no journal holds."""
+    assert run.created
+    view = RunView(
+        run_id=run.run_id,
+        workflow=run.created.workflow,
+        status=status,
+        next=next_call(run, status),
+        attempt=run.attempt,
+    )
+    if run.status == "finished":
+        view["output"] = run.output
+    if run.reason:
+        view["why"] = run.reason
+    if run.error:
+        view["error"] = run.error.model_dump(exclude_defaults=True)
+    if step := next(iter(run.running_steps()), None):
+        view["step"] = step.key
+    if pending := [show_request(request, run) for request in run.open_requests()]:
+        view["pending"] = pending
+        view.setdefault("why", run.open_requests()[0].opened.prompt)
+    if run.page_state and not run.ended:
+        page = {"state": run.page_state, "since": run.page_since, "url": url, "names": sorted(run.pages)}
+        view["page"] = {name: value for name, value in page.items() if value}
+    if run.progress:
+        view["progress"] = run.progress.model_dump(exclude={"key"}, exclude_none=True)
+    if run.hijack:
+        place = run.hijack.stopped.model_dump(exclude_none=True) if run.hijack.stopped else {}
+        where = f"; it stands at {json.dumps(place)}" if place else ""
+        view["why"] = f"held by the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
+    if run.blocked and status == "running":
+        spot = f"{run.blocked.file}:{run.blocked.line}"
+        view["why"] = f"the worker's event loop has stood still for {run.blocked.seconds:g} s at {spot}"
+    if run.artifacts:
+        view["artifacts"] = [f"{folder}/{name}" for name in dict.fromkeys(run.artifacts)]
+    view["folder"] = folder
+    view["created_at"], view["updated_at"] = run.created_at, run.updated_at
+    return view
+
+
+def show_request(request: Request, run: Run) -> dict[str, Any]:
+    """An open request, with the literal call that answers it."""
+    return _request(request.opened, run.run_id, request.at)
+
+
+def show_request_row(row: RequestRow, now: datetime) -> dict[str, Any]:
+    """An open request in `list_pending`, with its run and its age in seconds."""
+    shown = _request(row.request, row.run_id, row.opened_at)
+    age = (now - datetime.fromisoformat(row.opened_at)).total_seconds()
+    left = (row.request.expires - now).total_seconds() if row.request.expires else None
+    extra = {"run_id": row.run_id, "workflow": row.workflow, "age_s": round(age, 1), "left_s": left and round(left, 1)}
+    return shown | {name: value for name, value in extra.items() if value is not None}
+
+
+def show_row(row: RunRow, status: str, now: datetime) -> dict[str, Any]:
+    """A run in `list_runs`."""
+    shown = {
+        "run_id": row.run_id,
+        "workflow": row.workflow,
+        "status": status,
+        "step": row.step,
+        "why": row.why,
+        "age_s": round((now - datetime.fromisoformat(row.created_at)).total_seconds(), 1),
+        "updated_at": row.updated_at,
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def show_steps(run: Run) -> list[dict[str, Any]]:
+    """The steps in the order in which they first started."""
+    shown = []
+    for step in run.steps.values():
+        line: dict[str, Any] = {"step": step.key, "status": step.status}
+        if step.status == "finished":
+            line["value"] = shortened(step.value, 200)
+        if step.ms:
+            line["ms"] = round(step.ms, 1)
+        if step.tries > 1:
+            line["tries"] = step.tries
+        if step.error:
+            line["error"] = step.error.message[:300]
+        shown.append(line)
+    return shown
+
+
+def show_events(recorded: Iterable[ev.Recorded]) -> list[dict[str, Any]]:
+    """Events with their fields beside their sequence number, time and type."""
+    shown = []
+    for entry in recorded:
+        fields = entry.event.model_dump(mode="json", exclude_defaults=True)
+        cut = {name: shortened(value, LONGEST_VALUE) for name, value in fields.items()}
+        shown.append({"seq": entry.seq, "at": entry.at, "type": entry.event.type} | cut)
+    return shown
+
+
+def next_call(run: Run, status: str) -> str:
+    """The literal call that brings a run on."""
+    run_id = json.dumps(run.run_id)
+    requests = run.open_requests()
+    match status:
+        case "waiting-approval" | "waiting-input" | "paused" | "in-doubt":
+            kinds = {
+                "waiting-approval": "approval",
+                "waiting-input": "input",
+                "paused": "pause",
+                "in-doubt": "in-doubt",
+            }
+            fitting = [request for request in requests if request.opened.kind == kinds[status]]
+            chosen = (fitting or requests)[0]
+            return str(_request(chosen.opened, run.run_id, chosen.at)["answer"])
+        case "failed":
+            return f"snapshot(run_id={run_id}), mend what error names, then resume(run_id={run_id})"
+        case "hijacked":
+            return f"resume(run_id={run_id})"
+        case "finished" | "cancelled" | "continued":
+            return f"none: the run is {status}"
+        case _:
+            return f"get_run(run_id={run_id}, wait_s=20)"
+
+
+def shortened(value: Any, limit: int) -> Any:
+    """`value`, or the beginning of its JSON with a note of its length where that is longer than `limit`."""
+    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= limit):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if len(text) <= limit else f"{text[:limit]}… (cut: {len(text)} characters in all)"
+
+
+def _request(opened: ev.RequestOpened, run_id: str, at: str) -> dict[str, Any]:
+    shown = {
+        "request_id": opened.request_id,
+        "kind": opened.kind,
+        "prompt": opened.prompt,
+        "step": opened.key,
+        "data": opened.data,
+        "schema": opened.answer_schema,
+        "by": opened.by,
+        "opened_at": at,
+        "expires": opened.expires and opened.expires.astimezone(UTC).isoformat(),
+        "answer": _answer(opened, run_id),
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def _answer(opened: ev.RequestOpened, run_id: str) -> str:
+    """The literal call that answers a request."""
+    run, request = json.dumps(run_id), json.dumps(opened.request_id)
+    if opened.by == "human":
+        command = "approve" if opened.kind == "approval" else "answer"
+        return f"a person types: mcp-flow {command} {opened.request_id}"
+    match opened.kind:
+        case "approval":
+            return (
+                f'approve(request_id={request}, decision="approve") or approve(request_id={request}, decision="deny")'
+            )
+        case "input":
+            return f"resume(run_id={run}, request_id={request}, value={_example(opened.answer_schema)})"
+        case "in-doubt":
+            return (
+                f'resume(run_id={run}, request_id={request}, step="done", value=…) or '
+                f'resume(run_id={run}, request_id={request}, step="again")'
+            )
+        case _:
+            return f"resume(run_id={run}, request_id={request})"
+
+
+def _example(schema: dict[str, Any] | None) -> str:
+    """A value's outline, so that the call can be typed without reading the schema."""
+    match (schema or {}).get("type"):
+        case "object":
+            return "{" + ", ".join(f'"{name}": …' for name in (schema or {}).get("properties", {})) + "}"
+        case "string":
+            return '"…"'
+        case "boolean":
+            return "true"
+        case "array":
+            return "[…]"
+        case _:
+            return "…"

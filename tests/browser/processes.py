@@ -1,0 +1,44 @@
+"""Other processes, and waiting for what they do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """The first true value of `condition`."""
+    with anyio.fail_after(seconds):
+        while not (value := condition()):
+            await anyio.sleep(0.01)
+        return value
+
+
+async def never(condition: Callable[[], Any], seconds: float) -> bool:
+    """Whether `condition` stayed false for so long."""
+    with anyio.move_on_after(seconds):
+        while not condition():
+            await anyio.sleep(0.01)
+    return not condition()
+
+
+def processes(mark: str) -> list[str]:
+    """The command lines, with their pids, of living processes that mention `mark`."""
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid,stat,args"], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in listed if mark in line and line.split()[1][0] != "Z"]
+
+
+def parent(line: str) -> int:
+    """The pid of the parent of a process that `processes` listed."""
+    return int(subprocess.run(["ps", "-o", "ppid=", line.split()[0]], capture_output=True, text=True).stdout)
+
+
+def run_python(code: str, *args: str) -> subprocess.Popen[str]:
+    """Another process that runs `code` and is talked to through its pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
