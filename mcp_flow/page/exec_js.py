@@ -360,8 +360,10 @@ class _Attempt:
         with suppress(PlaywrightError, TimeoutError):
             async with asyncio.timeout(0.5):
                 await self.place.run("0")
+                # V8 stops a loop right after an await itself, and then the promise never settles either.
                 return EvaluationError(
-                    f"A promise did not settle within {self.timeout_ms} ms; it was left alone and the page is alive."
+                    f"The code did not end within {self.timeout_ms} ms: a promise did not settle. It was let go; "
+                    "the page is alive."
                 )
         if self.page.is_closed():
             return gone()

@@ -308,7 +308,7 @@ def _fitted(head: list[str], title: str, lines: list[Line], calls: _Calls, max_c
         return text, 0
     ends = list(itertools.accumulate((len(text) + 1 for text in body), initial=0))
     room = max_chars - len(composed([])) - 1
-    fitting = bisect.bisect_right(ends, room) - 1
+    fitting = min(bisect.bisect_right(ends, room), len(body)) - 1
     for short in (False, True):
         for keep in range(fitting, 0 if short else fitting // 2, -1):
             kept = _boundary(lines, keep)
