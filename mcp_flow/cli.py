@@ -16,8 +16,8 @@ from mcp_flow.errors import FlowError
 
 if TYPE_CHECKING:
     from mcp_flow.app import App
+    from mcp_flow.channel import Channel
     from mcp_flow.config import Settings
-    from mcp_flow.control import Channel
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -272,15 +272,22 @@ def verify(settings: Settings, run_id: str) -> None:
 def rebuild(settings: Settings) -> None:
     """Make every projection anew from the journal."""
 
-    async def work(app: App) -> int:
+    async def work(app: App) -> list[str]:
         return await app.store.rebuild()
 
-    click.echo(f"Rebuilt the projections of {_run(settings, work)} run(s).")
+    unreadable = _run(settings, work)
+    for run_id in unreadable:
+        click.echo(
+            f"The journal of run {run_id} can't be read; mcp-flow verify {run_id} says where it breaks.", err=True
+        )
+    click.echo("Rebuilt the projections from the journal.")
+    if unreadable:
+        sys.exit(1)
 
 
 def _person() -> Channel:
     """The person at the terminal; without one the command speaks for anyone, which no request by=human accepts."""
-    from mcp_flow.control import Channel
+    from mcp_flow.channel import Channel
 
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     return Channel(by=getpass.getuser(), via="terminal" if at_terminal else "command", human=at_terminal)

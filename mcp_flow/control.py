@@ -11,7 +11,6 @@ import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import jsonschema
 from mcp_flow import events as ev
 from mcp_flow import presence
 from mcp_flow.catalog import Reader
+from mcp_flow.channel import Channel
 from mcp_flow.config import Settings, check_id
 from mcp_flow.errors import (
     BrokenWorkflow,
@@ -39,15 +39,6 @@ from mcp_flow.store import RequestRow, RunRow, Store
 STOPPED = frozenset({"paused", "waiting-input", "waiting-approval", "in-doubt", "hijacked", "failed"})
 """The statuses in which somebody is needed: what a caller who waits is told of at once."""
 ENDED = frozenset({"finished", "cancelled", "continued"})
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """Who makes a move and by what way: journaled with it. `human` is proof of a person, never a model's word."""
-
-    by: str = "agent"
-    via: str = "tool"
-    human: bool = False
 
 
 class Control:
@@ -209,8 +200,7 @@ class Control:
             case "input":
                 if not has_value:
                     raise NotAllowed(f"Request {opened.request_id} waits for a value: {opened.prompt}")
-                given = value
-                _check_schema(opened, value)
+                given = _fitting(opened, value)
         return ev.RequestAnswered(request_id=opened.request_id, value=given, by=channel.by, via=channel.via)
 
     async def approve(
@@ -419,16 +409,27 @@ def _check_who(request: Request, channel: Channel) -> None:
         )
 
 
-def _check_schema(opened: ev.RequestOpened, value: Any) -> None:
-    validator = jsonschema.Draft202012Validator(opened.answer_schema or {})
-    problems = [
-        f"{'.'.join(map(str, error.absolute_path)) or 'the answer'}: {error.message[:300]}"
-        for error in validator.iter_errors(value)
-    ]
+def _fitting(opened: ev.RequestOpened, value: Any) -> Any:
+    """`value`, or what it says as JSON where only that fits: some clients send everything as text."""
+    problems = _problems(opened, value)
+    if problems and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+            if not _problems(opened, parsed):
+                return parsed
     if problems:
         raise InvalidInput(
             f"The answer does not fit request {opened.request_id} ({opened.prompt!r:.200}), which stays open:", problems
         )
+    return value
+
+
+def _problems(opened: ev.RequestOpened, value: Any) -> list[str]:
+    validator = jsonschema.Draft202012Validator(opened.answer_schema or {})
+    return [
+        f"{'.'.join(map(str, error.absolute_path)) or 'the answer'}: {error.message[:300]}"
+        for error in validator.iter_errors(value)
+    ]
 
 
 def _find_step(run: Run, name: str) -> str:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import PydanticSerializationError
 
 from mcp_flow.errors import BrokenChain
 
@@ -42,8 +43,11 @@ class Event(BaseModel):
     type: ClassVar[str]
 
     def encoded(self) -> str:
-        """The compact JSON that is stored and hashed."""
-        return self.model_dump_json(exclude_defaults=True)
+        """The compact JSON that is stored and hashed; half of a surrogate pair, which UTF-8 can't hold, is replaced."""
+        try:
+            return self.model_dump_json(exclude_defaults=True)
+        except PydanticSerializationError:
+            return type(self).model_validate(_whole(self.model_dump())).model_dump_json(exclude_defaults=True)
 
 
 # --- the run ---
@@ -349,6 +353,18 @@ TYPES: dict[str, type[Event]] = {
         ArtifactKept, WorkerBlocked,
     )
 }  # fmt: skip
+
+
+def _whole(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case list() | tuple():
+            return [_whole(item) for item in value]
+        case dict():
+            return {_whole(key): _whole(item) for key, item in value.items()}
+        case _:
+            return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -310,8 +310,8 @@ class _Connection:
         if self._conn is not None and self._conn.in_transaction:
             self._conn.execute("ROLLBACK")
 
-    def rebuild(self) -> int:
-        """Make every projection anew from the events; returns the number of runs."""
+    def rebuild(self) -> list[str]:
+        """Make every projection anew from the events; returns the runs whose journals can't be read."""
         for view in ("runs", "steps", "requests"):
             self.execute(f"DROP VIEW IF EXISTS {view}")
         for table in ("run_rows", "request_rows"):
@@ -319,12 +319,17 @@ class _Connection:
         for statement in _PROJECTIONS.split(";\n"):
             self.execute(statement)
         journals = self.execute("SELECT no, run_id FROM journals").fetchall()
+        unreadable = []
         for number, run_id in journals:
             run = Run(run_id)
-            for recorded, _ in _load(self.execute, number, 0):
-                run.advance(recorded)
+            try:
+                for recorded, _ in _load(self.execute, number, 0):
+                    run.advance(recorded)
+            except (FlowError, ValueError, sqlite3.OperationalError):
+                unreadable.append(run_id)
+                continue
             self.transaction.project_run(number, run, 0)
-        return len(journals)
+        return unreadable
 
 
 class Store:
@@ -415,7 +420,7 @@ class Store:
         def body() -> list[ev.Recorded]:
             return [recorded for recorded, _ in _load(self._tx.execute, self._tx.number(run_id), since)]
 
-        recorded = await self._thread.read(body)
+        recorded = await self._read(body)
         view = self._views.setdefault(run_id, view)
         self._advance(run_id, recorded)
         return view
@@ -424,13 +429,23 @@ class Store:
         """Drop the kept fold of a run that nobody here follows any more."""
         self._views.pop(run_id, None)
 
+    async def targets(self) -> set[str]:
+        """The target ids of all pages that runs which have not ended have recorded."""
+
+        def body() -> set[str]:
+            sql = "SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run WHERE r.has_page"
+            runs = [self._tx.fold(run_id)[2] for (run_id,) in self._tx.execute(sql).fetchall()]
+            return {target for run in runs if not run.ended for target in run.pages.values()}
+
+        return await self._thread.write(body)
+
     async def events(self, run_id: str, since: int = 0, limit: int = 1000) -> list[ev.Recorded]:
         """The events after `since`, at most `limit`; raises `UnknownRun`."""
 
         def body() -> list[ev.Recorded]:
             return [r for r, _ in _load(self._tx.execute, self._tx.number(run_id), since, limit)]
 
-        return await self._thread.read(body)
+        return await self._read(body)
 
     async def verify(self, run_id: str) -> int:
         """Check that a journal's chain holds and folds; returns its length. Raises `BrokenChain` at the first fault."""
@@ -460,10 +475,10 @@ class Store:
                 raise BrokenChain(f"Run {run_id}: event 1 is missing; nothing is left of the journal.")
             return run.seq
 
-        return await self._thread.read(body)
+        return await self._read(body)
 
-    async def rebuild(self) -> int:
-        """Make every projection anew from the events; returns the number of runs."""
+    async def rebuild(self) -> list[str]:
+        """Make every projection anew from the events; returns the runs whose journals can't be read."""
         return await self._thread.write(self._connection.rebuild)
 
     # --- work ---
@@ -491,12 +506,12 @@ class Store:
     async def owners(self) -> list[str]:
         """The workers that own runs which have work for a worker."""
         sql = "SELECT DISTINCT owner FROM run_rows WHERE wants_worker AND owner IS NOT NULL"
-        return [row[0] for row in await self._thread.read(lambda: self._tx.execute(sql).fetchall())]
+        return [row[0] for row in await self._read(lambda: self._tx.execute(sql).fetchall())]
 
     async def wanting(self, dead: Iterable[str]) -> bool:
         """Whether any run wants a worker and has no living owner."""
         gone = json.dumps(list(dead))
-        return await self._thread.read(
+        return await self._read(
             lambda: (
                 self._tx.execute(
                     "SELECT 1 FROM run_rows WHERE wants_worker AND (owner IS NULL OR owner IN"
@@ -528,12 +543,12 @@ class Store:
                 expired.append(run_id)
             return expired
 
-        return await self._thread.write(body) if await self._thread.read(due) else []
+        return await self._thread.write(body) if await self._read(due) else []
 
     async def next_due(self) -> datetime | None:
         """The next deadline of any open request."""
         sql = "SELECT min(expires) FROM request_rows WHERE status = 'open' AND expires IS NOT NULL"
-        row = await self._thread.read(lambda: self._tx.execute(sql).fetchone())
+        row = await self._read(lambda: self._tx.execute(sql).fetchone())
         return datetime.fromisoformat(row[0]) if row[0] else None
 
     def beat(self, worker: str) -> None:
@@ -543,7 +558,7 @@ class Store:
 
     async def beats(self) -> dict[str, tuple[int, int]]:
         """Process id and counter of each worker that is known."""
-        rows = await self._thread.read(lambda: self._tx.execute("SELECT worker, pid, beat FROM beats").fetchall())
+        rows = await self._read(lambda: self._tx.execute("SELECT worker, pid, beat FROM beats").fetchall())
         return {worker: (pid, beat) for worker, pid, beat in rows}
 
     async def forget_worker(self, worker: str) -> None:
@@ -552,7 +567,7 @@ class Store:
 
     async def data_version(self) -> int:
         """A number that changes when another process has written."""
-        return int(await self._thread.read(lambda: self._tx.execute("PRAGMA data_version").fetchone()[0]))
+        return int(await self._read(lambda: self._tx.execute("PRAGMA data_version").fetchone()[0]))
 
     # --- the registry ---
 
@@ -579,7 +594,7 @@ class Store:
             " AND type = 'step.started' ORDER BY seq DESC LIMIT 1), r.why FROM run_rows r"
             f" JOIN journals j ON j.no = r.run WHERE {' AND '.join(where)} ORDER BY r.run DESC LIMIT ?"
         )
-        rows = await self._thread.read(lambda: self._tx.execute(sql, [*values, limit]).fetchall())
+        rows = await self._read(lambda: self._tx.execute(sql, [*values, limit]).fetchall())
         return [RunRow(*row) for row in rows]
 
     async def open_requests(
@@ -605,24 +620,19 @@ class Store:
             " JOIN run_rows r ON r.run = q.run JOIN events e ON e.run = q.run AND e.seq = q.seq"
             f" WHERE {' AND '.join(where)} ORDER BY q.opened_at, q.request_id LIMIT ?"
         )
-        rows = await self._thread.read(lambda: self._tx.execute(sql, [*values, limit]).fetchall())
+        rows = await self._read(lambda: self._tx.execute(sql, [*values, limit]).fetchall())
         return [RequestRow(run, workflow, at, _request(data)) for run, workflow, at, data in rows]
 
     async def find_request(self, request_id: str) -> str | None:
         """The run that a request belongs to, whatever became of it."""
         sql = "SELECT j.run_id FROM request_rows q JOIN journals j ON j.no = q.run WHERE q.request_id = ?"
-        row = await self._thread.read(lambda: self._tx.execute(sql, (request_id,)).fetchone())
+        row = await self._read(lambda: self._tx.execute(sql, (request_id,)).fetchone())
         return row[0] if row else None
 
     async def count(self) -> dict[str, int]:
         """How many runs have each status."""
         sql = "SELECT status, count(*) FROM run_rows GROUP BY status"
-        return dict(await self._thread.read(lambda: self._tx.execute(sql).fetchall()))
-
-    async def pages(self) -> list[tuple[str, str]]:
-        """Run id and status of each run that has a page in the browser."""
-        sql = "SELECT j.run_id, r.status FROM run_rows r JOIN journals j ON j.no = r.run WHERE r.has_page"
-        return await self._thread.read(lambda: self._tx.execute(sql).fetchall())
+        return dict(await self._read(lambda: self._tx.execute(sql).fetchall()))
 
     # --- beside the journal ---
 
@@ -631,14 +641,14 @@ class Store:
         text = json.dumps({name: content.decode("utf-8", "surrogateescape") for name, content in files.items()})
         packed = zlib.compress(text.encode("utf-8", "surrogatepass"))
         known = "SELECT 1 FROM revisions WHERE hash = ?"
-        if not await self._thread.read(lambda: self._tx.execute(known, (digest,)).fetchone()):
+        if not await self._read(lambda: self._tx.execute(known, (digest,)).fetchone()):
             sql = "INSERT OR IGNORE INTO revisions VALUES (?, ?, ?)"
             await self._thread.write(lambda: self._tx.execute(sql, (digest, entry, packed)))
 
     async def load_revision(self, digest: str) -> tuple[str, dict[str, bytes]]:
         """Entry and sources of a kept revision; raises `StoreError` when it is not there."""
         sql = "SELECT entry, files FROM revisions WHERE hash = ?"
-        row = await self._thread.read(lambda: self._tx.execute(sql, (digest,)).fetchone())
+        row = await self._read(lambda: self._tx.execute(sql, (digest,)).fetchone())
         if row is None:
             raise StoreError(f"The revision {digest[:12]} is not in the store.")
         files = json.loads(zlib.decompress(row[1]).decode("utf-8", "surrogatepass"))
@@ -653,15 +663,25 @@ class Store:
     async def load_checkpoint(self, run_id: str) -> str | None:
         """The last checkpoint."""
         sql = "SELECT data FROM checkpoints WHERE run = ?"
-        row = await self._thread.read(lambda: self._tx.execute(sql, (self._tx.number(run_id),)).fetchone())
+        row = await self._read(lambda: self._tx.execute(sql, (self._tx.number(run_id),)).fetchone())
         return row[0] if row else None
 
     async def pragmas(self) -> dict[str, Any]:
         """The pragmas in force, for benchmarks to print."""
         names = ("journal_mode", "synchronous", "page_size", "wal_autocheckpoint", "user_version")
-        return await self._thread.read(lambda: {n: self._tx.execute(f"PRAGMA {n}").fetchone()[0] for n in names})
+        return await self._read(lambda: {n: self._tx.execute(f"PRAGMA {n}").fetchone()[0] for n in names})
 
     # --- inside ---
+
+    async def _read(self, body: Callable[[], T]) -> T:
+        """Run `body` outside a transaction; projections that somebody has dropped are made anew first."""
+        try:
+            return await self._thread.read(body)
+        except StoreError as error:
+            if "no such table" not in str(error):
+                raise
+        await self.rebuild()
+        return await self._thread.read(body)
 
     def _advance(self, run_id: str, recorded: Iterable[ev.Recorded]) -> None:
         if view := self._views.get(run_id):

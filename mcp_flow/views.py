@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from mcp_flow import events as ev
-from mcp_flow.run import Request, Run
-from mcp_flow.store import RequestRow, RunRow
+if TYPE_CHECKING:
+    from mcp_flow import events as ev
+    from mcp_flow.run import Request, Run
+    from mcp_flow.store import RequestRow, RunRow
 
 LONGEST_VALUE = 4000
 """Characters of a journaled value in a listing; longer ones are cut, and say so."""

@@ -25,7 +25,7 @@ from mcp_flow import events as ev
 from mcp_flow import presence
 from mcp_flow.attempt import Attempt, Outcome
 from mcp_flow.browser import host as hosts
-from mcp_flow.browser.session import Driver, PageRecord, Session, attach
+from mcp_flow.browser.session import Driver, PageRecord, Session, attach, sweep
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import Workflow, workflows_in
 from mcp_flow.errors import BrokenWorkflow, FlowError, IllegalEvent, LeaseLost
@@ -117,9 +117,19 @@ class Worker:
             if await self._store.wanting(await self._dead()):
                 return False
             await self._release_all()
+            await self._sweep_contexts()
             return True
         finally:
             guard.__exit__(None, None, None)
+
+    async def _sweep_contexts(self) -> None:
+        """Close contexts that no run has recorded: what workers killed between making and recording them left."""
+        if presence.living(self._settings) - {self.id}:
+            return
+        keep = await self._store.targets()
+        for host in hosts.living(self._settings):
+            with contextlib.suppress(FlowError):
+                await sweep(self._driver, host, keep)
 
     def _executing(self) -> bool:
         return any(not attempt.waiting for attempt in self._attempts.values()) or len(self._tasks) > len(self._attempts)

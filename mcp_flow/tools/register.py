@@ -8,21 +8,55 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.tools import Tool
+from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp_types import CallToolResult, TextContent, ToolAnnotations
-from pydantic import create_model
+from pydantic import ValidationError, create_model
 
 from mcp_flow.errors import FlowError
+
+
+class _Arguments(FuncMetadata):
+    """Arguments as they were given: only lists and objects are also taken as JSON in a string, as some clients send.
+
+    The SDK parses every argument that is not plainly a string, and so makes null of the answer "null".
+    """
+
+    def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
+        schemas = _small(self.arg_model.model_json_schema())["properties"]
+        structured = {name for name, schema in schemas.items() if schema.get("type") in ("array", "object")}
+        return data | super().pre_parse_json({name: data[name] for name in data.keys() & structured})
+
+
+class _Tool(Tool):
+    """A tool whose errors are made for a model to read: the text alone, one line for each argument refused."""
+
+    async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        try:
+            return await super().run(arguments, context, convert_result)
+        except ToolError as error:
+            # pydantic's own text names its documentation's address and not the arguments that there are.
+            if isinstance(cause := error.__cause__, ValidationError):
+                raise ToolError(_refusal(self, cause)) from cause
+            if isinstance(cause, ToolError):  # ours, behind a prefix of the SDK
+                raise cause from cause.__cause__
+            raise
 
 
 def make(fn: Callable[..., Awaitable[CallToolResult]], *, read_only: bool = False, destructive: bool = False) -> Tool:
     """A tool that refuses unknown arguments by name and shows its schema without what says nothing."""
     hints = ToolAnnotations(read_only_hint=True) if read_only else ToolAnnotations(destructive_hint=destructive)
-    tool = Tool.from_function(_reporting(fn), description=inspect.cleandoc(fn.__doc__ or ""), annotations=hints)
-    arguments = tool.fn_metadata.arg_model
-    strict = create_model(arguments.__name__, __base__=arguments, __cls_kwargs__={"extra": "forbid"})
-    metadata = tool.fn_metadata.model_copy(update={"arg_model": strict, "output_schema": _output(tool)})
+    tool = _Tool.from_function(_reporting(fn), description=inspect.cleandoc(fn.__doc__ or ""), annotations=hints)
+    found = tool.fn_metadata
+    strict = create_model(found.arg_model.__name__, __base__=found.arg_model, __cls_kwargs__={"extra": "forbid"})
+    metadata = _Arguments(
+        arg_model=strict,
+        output_schema=_small(found.output_schema),
+        output_model=found.output_model,
+        wrap_output=found.wrap_output,
+    )
     return tool.model_copy(update={"parameters": _small(strict.model_json_schema()), "fn_metadata": metadata})
 
 
@@ -43,9 +77,20 @@ def _reporting(fn: Callable[..., Awaitable[CallToolResult]]) -> Callable[..., Aw
     return call
 
 
-def _output(tool: Tool) -> dict[str, Any] | None:
-    schema = tool.fn_metadata.output_schema
-    return _small(schema) if schema else None
+def _refusal(tool: Tool, error: ValidationError) -> str:
+    known = ", ".join(tool.parameters["properties"])
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        match problem["type"]:
+            case "extra_forbidden":
+                lines.append(f"- {name}: there is no such argument; the arguments: {known}")
+            case "missing":
+                lines.append(f"- {name}: it is required")
+            case _:
+                given = json.dumps(problem["input"], ensure_ascii=False, default=str)
+                lines.append(f"- {name}: {problem['msg']}, not {given if len(given) <= 80 else given[:77] + '...'}")
+    return f"{tool.name} can't take these arguments; nothing was done.\n" + "\n".join(lines)
 
 
 def _small(schema: Any) -> Any:

@@ -8,8 +8,8 @@ from mcp.server.mcpserver import Context
 from mcp_types import CallToolResult
 from pydantic import Field
 
+from mcp_flow.channel import Channel
 from mcp_flow.config import parse_viewport
-from mcp_flow.control import Channel
 from mcp_flow.tools import state
 from mcp_flow.tools.register import answer
 from mcp_flow.views import RunView, show_events, show_row, show_steps

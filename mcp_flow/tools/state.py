@@ -6,16 +6,18 @@ import base64
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcp.server.mcpserver import Context
 
-from mcp_flow.app import App
-from mcp_flow.catalog import Description
 from mcp_flow.errors import InvalidInput
-from mcp_flow.run import Run
-from mcp_flow.store import RunRow
 from mcp_flow.views import RunView, next_call, show_request_row, show_run
+
+if TYPE_CHECKING:
+    from mcp_flow.app import App
+    from mcp_flow.catalog import Description
+    from mcp_flow.run import Run
+    from mcp_flow.store import RunRow
 
 STATUSES = (
     "queued", "running", "interrupted", "paused", "waiting-input", "waiting-approval", "waiting-event", "waiting-timer",
@@ -108,7 +110,8 @@ async def registry(
             shown.append(show(row, word, now))
     if len(rows) > limit:
         more = _as_cursor([str(rows[limit - 1].no)])
-    view = {"runs": shown, "cursor": more, "next": _more("list_runs", more) or 'get_run(run_id="…")'}
+    filters = {"status": list(status) or None, "workflow": workflow, "query": query, "limit": limit}
+    view = {"runs": shown, "cursor": more, "next": _more("list_runs", more, filters) or 'get_run(run_id="…")'}
     return {name: value for name, value in view.items() if value is not None}
 
 
@@ -124,7 +127,8 @@ async def pending(app: App, run_id: str | None, kind: str | None, limit: int, cu
     shown = [show_request_row(row, now) for row in rows[:limit]]
     more = _as_cursor([rows[limit - 1].opened_at, rows[limit - 1].request.request_id]) if len(rows) > limit else None
     counts = await app.control.counts()
-    following = _more("list_pending", more) or (shown[0]["answer"] if shown else "list_runs()")
+    filters = {"run_id": run_id, "kind": kind, "limit": limit}
+    following = _more("list_pending", more, filters) or (shown[0]["answer"] if shown else "list_runs()")
     view = {
         "requests": shown,
         "failed": counts.get("failed", 0),
@@ -135,8 +139,12 @@ async def pending(app: App, run_id: str | None, kind: str | None, limit: int, cu
     return {name: value for name, value in view.items() if value is not None}
 
 
-def _more(tool: str, cursor: str | None) -> str | None:
-    return f'{tool}(cursor="{cursor}") shows the next page' if cursor else None
+def _more(tool: str, cursor: str | None, filters: dict[str, Any]) -> str | None:
+    """The literal call for the next page; without its filters it would be the next page of something else."""
+    if cursor is None:
+        return None
+    given = {name: value for name, value in filters.items() if value is not None} | {"cursor": cursor}
+    return f"{tool}({', '.join(f'{name}={json.dumps(value)}' for name, value in given.items())})"
 
 
 def _as_cursor(parts: list[str]) -> str:
