@@ -690,6 +690,14 @@ class Attempt:
         if self.session:
             await self.session.request_pause(lambda paused: self._spawn(self._hijacked(paused, None)))
 
+    async def _stop_between_steps(self, step: str | None) -> None:
+        """No step runs and none may begin: the code stands still, and needs no pause at an action any more."""
+        hijack = self.run.hijack
+        if hijack and hijack.stopped is None and not self._busy:
+            await self._hijacked(None, step)
+            if self.session:
+                await self.session.resume()
+
     async def _hijacked(self, paused: PausedAt | None, step: str | None) -> None:
         """Journal that the code stands still, once."""
         place = {"file": paused.file, "line": paused.line, "action": paused.action} if paused else {}
@@ -715,11 +723,8 @@ class Attempt:
             self._tasks.add(task)
         self._touch()
         while not self._gate.is_set():
-            hijack = self.run.hijack
-            if hijack and hijack.stopped is None and not self._busy:
-                await self._hijacked(None, step)
-                if self.session:
-                    await self.session.resume()
+            if not self._busy:
+                await self._stop_between_steps(step)
             await self._gate.wait()
             if self._closed:
                 raise asyncio.CancelledError("the attempt is over")
@@ -749,6 +754,8 @@ class Attempt:
         self._touch()
         if self._waits:
             self._check_idle_soon()
+        if not self._busy and not self._gate.is_set() and not self._closed:
+            self._spawn(self._stop_between_steps(None))
 
     def _touch(self) -> None:
         self._activity += 1

@@ -32,6 +32,7 @@ from mcp_flow.errors import (
     UnknownRequest,
     UnknownStep,
 )
+from mcp_flow.leases import Leases
 from mcp_flow.revisions import Revision, capture
 from mcp_flow.run import Request, Run
 from mcp_flow.store import RequestRow, RunRow, Store
@@ -49,6 +50,7 @@ class Control:
         self._store = store
         self._reader = reader
         self._bell = bell
+        self._leases = Leases(settings, store)
 
     # --- start ---
 
@@ -353,14 +355,11 @@ class Control:
     async def keep_awake(self) -> None:
         """Start a worker if any run wants one; what a server does now and then, so that nothing stays behind."""
         await self._keep_due()
-        if await self._store.wanting(await self._dead_owners()):
+        if await self._store.wanting(await self._leases.over()):
             await anyio.to_thread.run_sync(presence.ensure_worker, self._settings)
             presence.ring(self._settings, "")
 
     # --- inside ---
-
-    async def _dead_owners(self) -> list[str]:
-        return [owner for owner in await self._store.owners() if not presence.is_alive(self._settings, owner)]
 
     async def _keep_due(self) -> None:
         for run_id in await self._store.expire_due():
@@ -368,7 +367,7 @@ class Control:
 
     async def _wake(self, run_id: str) -> None:
         presence.ring(self._settings, run_id)
-        if await self._store.wanting(await self._dead_owners()):
+        if await self._store.wanting(await self._leases.over()):
             await anyio.to_thread.run_sync(presence.ensure_worker, self._settings)
             presence.ring(self._settings, run_id)
 

@@ -65,6 +65,10 @@ class LeaseLost(FlowError):
     """Another worker owns the run by now, or nobody does; the late writer's event was refused."""
 
 
+class WorkerCrashed(FlowError):
+    """Worker after worker died in a run's code."""
+
+
 class StoreError(FlowError):
     """The database can't be used: missing, read-only, full, locked, damaged or of another version."""
 

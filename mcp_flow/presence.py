@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from pathlib import Path
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.errors import FlowError
 
+START_SECONDS = 30.0
+"""What a worker may take to start."""
 STOP_SECONDS = 15.0
 """Beyond its grace, what a worker may take to end."""
 
@@ -109,9 +112,12 @@ def ensure_worker(settings: Settings) -> None:
             )
         os.close(done)
         with open(ready, "rb") as pipe:
-            if pipe.read(1):
+            answered, _, _ = select.select([pipe], [], [], START_SECONDS)
+            if answered and pipe.read(1):
                 _reap(process)
                 return
+        if not answered:
+            process.kill()
         process.wait()
         tail = log.read_bytes()[before:][-2000:].decode(errors="replace").strip()
         raise FlowError(f"The worker ended at its start (status {process.returncode}); see {log}.\n{tail}".strip())

@@ -155,6 +155,8 @@ class Run:
     artifacts: list[str] = field(default_factory=list)
     progress: ev.ProgressReported | None = None
     blocked: ev.WorkerBlocked | None = None
+    crashes: int = 0
+    """How many owners in a row were lost without anything new in the journal."""
     last_anew: int = 0
     """The `seq` at which something last came out anew: a result, value or answer of a later generation than the first.
     What finished before it may have been computed from what it replaced."""
@@ -301,6 +303,7 @@ class Run:
             case ev.StepStarted() as event:
                 self._start_step(event, recorded)
             case ev.StepFinished() as event:
+                self.crashes = 0
                 step = self.steps[event.key]
                 step.status, step.value, step.ms, step.error = "finished", event.value, event.ms, None
                 step.revision, step.finished_seq = self.revision, recorded.seq
@@ -323,6 +326,7 @@ class Run:
                 )
                 self._note_anew(event.key, recorded.seq)
             case ev.RequestOpened() as event:
+                self.crashes = 0
                 request = Request(event, recorded.seq, recorded.at)
                 self.requests[event.request_id] = self.unanswered[event.request_id] = request
                 self.waits[event.key] = event.request_id
@@ -378,6 +382,7 @@ class Run:
                 self.created, self.created_at, self.revision = event, recorded.at, event.revision
             case ev.RunClaimed() as event:
                 assert recorded.epoch is not None
+                self.crashes = self.crashes + 1 if self.owner and not self.ended else 0
                 self.epoch, self.owner, self.active = recorded.epoch, event.worker, False
             case ev.RunReleased():
                 self.owner, self.active = None, False
@@ -393,6 +398,7 @@ class Run:
                 self.idle = self.idle or bool(self.open_requests())
             case ev.RunResumed() as event:
                 self.revision, self.error, self.idle, self.active = event.revision, None, False, False
+                self.crashes = 0
             case ev.RunFailed() as event:
                 self.error, self.idle, self.active, self.owner = event.error, True, False, None
             case ev.RunFinished() as event:

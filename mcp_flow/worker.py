@@ -28,7 +28,8 @@ from mcp_flow.browser import host as hosts
 from mcp_flow.browser.session import Driver, PageRecord, Session, attach, sweep
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import Workflow, workflows_in
-from mcp_flow.errors import BrokenWorkflow, FlowError, IllegalEvent, LeaseLost
+from mcp_flow.errors import BrokenWorkflow, FlowError, IllegalEvent, LeaseLost, WorkerCrashed
+from mcp_flow.leases import Leases
 from mcp_flow.revisions import Revision, load, source_line
 from mcp_flow.run import Run
 from mcp_flow.store import Store
@@ -44,6 +45,9 @@ BLOCKED_AFTER = 3.0
 CLAIM_AT_ONCE = 50
 MAX_RUNNING = 200
 
+MAX_CRASHES = 3
+"""How many workers in a row may die at the same place of a run before it counts as failed."""
+
 Resolved = tuple[Workflow[..., object], Callable[[str, int], str | None]]
 
 
@@ -58,7 +62,7 @@ class Worker:
         self._attempts: dict[str, Attempt] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
-        self._watched = _Watched(settings)
+        self._leases = Leases(settings, store)
 
     async def serve(self, ready: Callable[[], None] = lambda: None) -> None:
         """Claim and execute until idle or stopped; `ready` is called once the worker can be found by others."""
@@ -148,9 +152,7 @@ class Worker:
             task.add_done_callback(partial(self._forget, run_id))
 
     async def _dead(self) -> list[str]:
-        """The owners whose lease is over: their process is gone, or was ended here because it was silent too long."""
-        owners = await self._store.owners()
-        return [owner for owner in owners if owner != self.id and await self._watched.is_dead(owner, self._store)]
+        return await self._leases.over(but=self.id)
 
     def _forget(self, run_id: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(run_id) is task:
@@ -169,6 +171,8 @@ class Worker:
                 await self._close_pages_of(run, epoch)
                 return
             try:
+                if run.crashes >= MAX_CRASHES:
+                    raise WorkerCrashed(_crashed(run))
                 workflow, line_of = await self._resolve(run)
             except FlowError as error:
                 await self._refuse(run, epoch, error)
@@ -361,38 +365,6 @@ class _Heart:
                 self._store.append_from_thread(run_id, ev.WorkerBlocked(seconds=round(silent, 1), file=file, line=line))
 
 
-class _Watched:
-    """What this process has seen of other workers' leases, on its own clock."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._seen: dict[str, tuple[int, float]] = {}
-
-    async def is_dead(self, worker: str, store: Store) -> bool:
-        """Whether a worker's lease is over; a local worker that lives but is silent too long is ended first."""
-        if not presence.is_alive(self._settings, worker):
-            self._seen.pop(worker, None)
-            return True
-        if worker.startswith("lib-"):
-            return False
-        beats = await store.beats()
-        if worker not in beats:
-            return False
-        pid, beat = beats[worker]
-        now = time.monotonic()
-        last, since = self._seen.get(worker, (None, now))
-        if last != beat:
-            self._seen[worker] = (beat, now)
-            return False
-        if now - since < self._settings.lease:
-            return False
-        logger.warning("Worker %s (%d) has been silent for %.0f s; ending it.", worker, pid, now - since)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR1)
-            os.kill(pid, signal.SIGKILL)
-        return not presence.is_alive(self._settings, worker)
-
-
 def _frames(frame: FrameType | None) -> list[tuple[str, int]]:
     """File and line of a stack, innermost first."""
     found = []
@@ -400,6 +372,14 @@ def _frames(frame: FrameType | None) -> list[tuple[str, int]]:
         found.append((frame.f_code.co_filename, frame.f_lineno))
         frame = frame.f_back
     return found
+
+
+def _crashed(run: Run) -> str:
+    steps = ", ".join(step.key for step in run.running_steps())
+    return (
+        f"{run.crashes} workers in a row died while they executed this run{f' at step {steps}' if steps else ''}. "
+        "Mend what ends the process, then resume the run."
+    )
 
 
 def log_to_stderr(settings: Settings) -> None:
