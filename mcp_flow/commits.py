@@ -50,6 +50,15 @@ class WriteLock:
                 pause = min(pause * 1.5, 0.003)
         os.pwrite(self._fd, self._name, 0)
 
+    def acquire_now(self) -> bool:
+        """Take the lock if nobody has it."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        os.pwrite(self._fd, self._name, 0)
+        return True
+
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
@@ -76,9 +85,9 @@ class Connection(Protocol):
     def open(self) -> None: ...
     def close(self) -> None: ...
     def begin(self) -> None: ...
-    def savepoint(self) -> None: ...
-    def rollback_savepoint(self) -> None: ...
-    def release_savepoint(self) -> None: ...
+    def begin_body(self, *, alone: bool) -> None: ...
+    def undo_body(self, *, alone: bool) -> None: ...
+    def end_body(self, *, alone: bool) -> None: ...
     def commit(self) -> None: ...
     def rollback(self) -> None: ...
 
@@ -98,13 +107,29 @@ _NOTHING_MORE = _Job(lambda: None, False, None)
 
 
 class CommitThread:
-    """Runs jobs against a `Connection` in a thread of its own, which closes the lock when it ends."""
+    """Runs jobs against a `Connection` in a thread of its own, which closes the lock when it ends.
 
-    def __init__(self, connection: Connection, lock: WriteLock, explain: Callable[[sqlite3.Error], StoreError]) -> None:
+    With `at_once` a write that is alone in its turn of the loop, while nobody else writes, is committed by the loop
+    itself: two hand-overs between threads cost about as much as the commit does. Whatever would have to wait (a second
+    write, a held lock, a thread at work) goes to the thread.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        lock: WriteLock,
+        explain: Callable[[sqlite3.Error], StoreError],
+        *,
+        at_once: bool = False,
+    ) -> None:
         self._connection = connection
         self._lock = lock
         self._explain = explain
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._at_once = at_once
+        self._pending: list[_Job] = []
+        self._queued = 0
+        self._using = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="mcp-flow store", daemon=True)
 
@@ -121,6 +146,7 @@ class CommitThread:
     async def stop(self) -> None:
         """Close the database after the jobs at hand, and end the thread."""
         try:
+            self._flush()
             await self._submit(self._close, write=False)
         finally:
             self._jobs.put(None)
@@ -143,8 +169,37 @@ class CommitThread:
         assert self._loop
         future: asyncio.Future[T] = self._loop.create_future()
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._jobs.put(_Job(body, write, future))
+        job = _Job(body, write, future)
+        if not write or not self._at_once:
+            self._jobs.put(job)
+            return future
+        self._pending.append(job)
+        if len(self._pending) == 1:
+            self._loop.call_soon(self._flush)
         return future
+
+    def _flush(self) -> None:
+        """Commit what this turn of the loop has written, here or in the thread."""
+        batch, self._pending = self._pending, []
+        if len(batch) == 1 and not self._queued and self._using.acquire(blocking=False):
+            try:
+                if self._lock.acquire_now():
+                    try:
+                        self._commit_locked(batch)
+                    finally:
+                        self._lock.__exit__()
+                    _settle(batch)
+                    return
+            finally:
+                self._using.release()
+        for job in batch:
+            assert job.future
+            self._queued += 1
+            job.future.add_done_callback(self._count_down)
+            self._jobs.put(job)
+
+    def _count_down(self, _: asyncio.Future[Any]) -> None:
+        self._queued -= 1
 
     async def _submit(self, body: Callable[[], T], *, write: bool) -> T:
         # A job that was queued will happen: whoever stops waiting must not leave a half-told story, so the
@@ -165,12 +220,14 @@ class CommitThread:
             while job is not None:
                 if job.write:
                     batch, job = self._gather(job)
-                    self._commit(batch)
+                    with self._using:
+                        self._commit(batch)
                     self._deliver(batch)
                     if job is _NOTHING_MORE:
                         job = self._jobs.get()
                 else:
-                    self._run(job)
+                    with self._using:
+                        self._run(job)
                     self._deliver([job])
                     job = self._jobs.get()
         finally:
@@ -200,12 +257,22 @@ class CommitThread:
 
     def _commit(self, batch: list[_Job]) -> None:
         try:
-            with self._lock, self._explained():
+            with self._lock:
+                self._commit_locked(batch)
+        except BaseException as error:  # the boundary to the thread: whoever waits gets it
+            for job in batch:
+                job.error = job.error or error
+
+    def _commit_locked(self, batch: list[_Job]) -> None:
+        try:
+            with self._explained():
                 try:
                     self._connection.begin()
+                    alone = len(batch) == 1
                     for job in batch:
-                        self._run_in_savepoint(job)
-                    self._connection.commit()
+                        self._run_body(job, alone=alone)
+                    if not alone or batch[0].error is None:
+                        self._connection.commit()
                 except BaseException:
                     self._connection.rollback()
                     raise
@@ -213,19 +280,20 @@ class CommitThread:
             for job in batch:
                 job.error = job.error or error
 
-    def _run_in_savepoint(self, job: _Job) -> None:
-        self._connection.savepoint()
+    def _run_body(self, job: _Job, *, alone: bool) -> None:
+        """Run a job within the transaction; one that fails is undone. Alone it needs no savepoint for that."""
+        self._connection.begin_body(alone=alone)
         try:
             job.result = job.body()
         except sqlite3.DatabaseError as error:
             if not isinstance(error, sqlite3.IntegrityError):
                 raise
             job.error = self._explain(error)
-            self._connection.rollback_savepoint()
         except Exception as error:  # the job's own condition: it is undone, the batch goes on
             job.error = error
-            self._connection.rollback_savepoint()
-        self._connection.release_savepoint()
+        if job.error is not None:
+            self._connection.undo_body(alone=alone)
+        self._connection.end_body(alone=alone)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -280,6 +280,7 @@ class Control:
         deadline = anyio.current_time() + seconds
         seen = -1
         while True:
+            rings = self._bell.rings
             run = await self._store.run(run_id)
             if run.seq != seen and on_news and seen >= 0:
                 await on_news(run)
@@ -287,7 +288,7 @@ class Control:
             await self._keep_due()
             if self.at_rest(run) or anyio.current_time() >= deadline:
                 return run
-            await self._bell.next_ring(min(1.0, deadline - anyio.current_time()))
+            await self._bell.next_ring(min(1.0, deadline - anyio.current_time()), rings)
 
     @staticmethod
     def at_rest(run: Run) -> bool:

@@ -146,7 +146,7 @@ def stop_workers(settings: Settings) -> int:
 
 
 class Doorbell:
-    """This process's bell: `wait` returns the runs that it was rung for."""
+    """This process's bell: `wait` returns the runs that it was rung for; `rings` counts the rings."""
 
     def __init__(self, settings: Settings) -> None:
         folder = private_folder(settings.runtime)
@@ -154,6 +154,7 @@ class Doorbell:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self._socket.bind(str(self._path))
         self._path.chmod(0o600)
+        self.rings = 0
         self._rung: set[str] = set()
         self._waiters: set[asyncio.Future[None]] = set()
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._read)
@@ -165,8 +166,10 @@ class Doorbell:
         rung, self._rung = self._rung, set()
         return rung
 
-    async def next_ring(self, seconds: float) -> None:
-        """Wait for the next ring, at most so long; any number may wait."""
+    async def next_ring(self, seconds: float, since: int | None = None) -> None:
+        """Wait for the next ring, at most so long; any number may wait. Not at all if `rings` is no longer `since`."""
+        if since is not None and self.rings != since:
+            return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:
@@ -178,6 +181,7 @@ class Doorbell:
 
     def ring(self, run_id: str) -> None:
         """Ring in this very process."""
+        self.rings += 1
         self._rung.add(run_id)
         for waiter in self._waiters:
             if not waiter.done():

@@ -7,6 +7,7 @@ quadratic. Whoever holds a `Run` advances it or only reads it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -188,6 +189,17 @@ class Run:
     def due(self) -> datetime | None:
         """The next deadline of an open request."""
         return min((r.opened.expires for r in self.open_requests() if r.opened.expires), default=None)
+
+    def copy(self) -> Run:
+        """A run that is advanced apart from this one."""
+        twin = copy(self)
+        twin.steps = {key: copy(step) for key, step in self.steps.items()}
+        twin.requests = {request_id: copy(request) for request_id, request in self.requests.items()}
+        twin.unanswered = {request_id: twin.requests[request_id] for request_id in self.unanswered}
+        twin.waits, twin.generations, twin.pages = dict(self.waits), dict(self.generations), dict(self.pages)
+        twin.remarks, twin.artifacts = set(self.remarks), list(self.artifacts)
+        twin.hijack = copy(self.hijack)
+        return twin
 
     def open_requests(self) -> list[Request]:
         """What the run waits for, oldest first."""

@@ -123,6 +123,7 @@ class _Transaction:
         self._connection = connection
         self._now = now
         self._cache: OrderedDict[str, tuple[int, bytes, Run]] = OrderedDict()
+        self._projected: dict[str, tuple[Any, ...]] = {}
         self._current: set[str] = set()
         self._touched: dict[str, int] = {}
         self._in_body: set[str] = set()
@@ -139,13 +140,22 @@ class _Transaction:
     def forget_body(self) -> None:
         """Drop what the undone body may have folded."""
         for run_id in self._in_body:
-            self._cache.pop(run_id, None)
-            self._current.discard(run_id)
+            self._drop(run_id)
         for run_id in self._first_touched:
             self._touched.pop(run_id, None)
 
     def forget_all(self) -> None:
         self._cache.clear()
+        self._projected.clear()
+
+    def end(self) -> None:
+        """After the commit nothing is certain any more: another process may write."""
+        self._current.clear()
+
+    def _drop(self, run_id: str) -> None:
+        self._cache.pop(run_id, None)
+        self._projected.pop(run_id, None)
+        self._current.discard(run_id)
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
@@ -169,17 +179,28 @@ class _Transaction:
             row = self.execute(
                 "SELECT seq, hash FROM events WHERE run = ? ORDER BY seq DESC LIMIT 1", (number,)
             ).fetchone()
-            if row is None or row[0] < run.seq or (row[0] == run.seq and row[1] != tip):
+            if row is not None and row[0] == run.seq and row[1] == tip:
+                self._current.add(run_id)
+                return cached
+            self._projected.pop(run_id, None)
+            if row is None or row[0] <= run.seq:
                 number, tip, run = self.number(run_id), ev.genesis(run_id), Run(run_id)
         for recorded, digest in _load(self.execute, number, run.seq):
             run.advance(recorded)
             tip = digest
         self._cache[run_id] = (number, tip, run)
         self._cache.move_to_end(run_id)
-        while len(self._cache) > _CACHED_RUNS:
-            self._cache.popitem(last=False)
         self._current.add(run_id)
+        while len(self._cache) > _CACHED_RUNS:
+            self._drop(next(iter(self._cache)))
         return number, tip, run
+
+    def fold_now(self, run_id: str) -> Run:
+        """`fold` outside a transaction, for reading."""
+        try:
+            return self.fold(run_id)[2]
+        finally:
+            self._current.clear()
 
     def append(
         self, run_id: str, prepared: Iterable[tuple[ev.Event, str]], epoch: int | None, since: int | None = None
@@ -216,16 +237,14 @@ class _Transaction:
         assert run.created
         waiting = run.open_requests()
         why = run.error.message if run.error else waiting[0].opened.prompt if waiting else run.reason
-        self.execute(
-            "INSERT INTO run_rows VALUES (?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET status = excluded.status,"
-            " wants_worker = excluded.wants_worker, owner = excluded.owner, epoch = excluded.epoch,"
-            " attempt = excluded.attempt, why = excluded.why, has_page = excluded.has_page"
-            " WHERE (status, wants_worker, owner, epoch, attempt, why, has_page) IS NOT"
-            " (excluded.status, excluded.wants_worker, excluded.owner, excluded.epoch, excluded.attempt, excluded.why,"
-            " excluded.has_page)",
-            (number, run.created.workflow, run.status, run.wants_worker, run.owner, run.epoch, run.attempt,
-             run.created_at, why and why[:500], bool(run.pages)),
-        )  # fmt: skip
+        row = (run.status, run.wants_worker, run.owner, run.epoch, run.attempt, why and why[:500], bool(run.pages))
+        if self._projected.get(run.run_id) != row:
+            self.execute(
+                "INSERT OR REPLACE INTO run_rows (run, workflow, created_at, status, wants_worker, owner, epoch,"
+                " attempt, why, has_page) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (number, run.created.workflow, run.created_at, *row),
+            )
+            self._projected[run.run_id] = row
         for request_id, request in run.requests.items():
             if request.seq > before:
                 expires = request.opened.expires
@@ -285,16 +304,18 @@ class _Connection:
             raise StoreError(_too_new(version))
         self.transaction.begin()
 
-    def savepoint(self) -> None:
+    def begin_body(self, *, alone: bool) -> None:
         self.transaction.begin_body()
-        self.execute("SAVEPOINT body")
+        if not alone:
+            self.execute("SAVEPOINT body")
 
-    def rollback_savepoint(self) -> None:
-        self.execute("ROLLBACK TO body")
+    def undo_body(self, *, alone: bool) -> None:
         self.transaction.forget_body()
+        self.execute("ROLLBACK" if alone else "ROLLBACK TO body")
 
-    def release_savepoint(self) -> None:
-        self.execute("RELEASE body")
+    def end_body(self, *, alone: bool) -> None:
+        if not alone:
+            self.execute("RELEASE body")
 
     def commit(self) -> None:
         try:
@@ -304,6 +325,7 @@ class _Connection:
                 raise
             self.rebuild()
         self.execute("COMMIT")
+        self.transaction.end()
 
     def rollback(self) -> None:
         self.transaction.forget_all()
@@ -312,6 +334,7 @@ class _Connection:
 
     def rebuild(self) -> list[str]:
         """Make every projection anew from the events; returns the runs whose journals can't be read."""
+        self.transaction.forget_all()
         for view in ("runs", "steps", "requests"):
             self.execute(f"DROP VIEW IF EXISTS {view}")
         for table in ("run_rows", "request_rows"):
@@ -348,7 +371,8 @@ class Store:
         _refuse_network(home)
         try:
             lock = WriteLock(home / "write.lock", self._role)
-            self._thread = CommitThread(self._connection, lock, self._explain)
+            # A worker writes step after step, and waits for each; a server must answer while a disk is slow.
+            self._thread = CommitThread(self._connection, lock, self._explain, at_once=self._role == "worker")
             await self._thread.start()
         except OSError as error:
             raise StoreError(f"The journal in {home} can't be opened: {error.strerror}.") from error
@@ -414,16 +438,14 @@ class Store:
 
     async def run(self, run_id: str) -> Run:
         """The run as it is now, to be read only; raises `UnknownRun`. The same object until `forget`."""
-        view = self._views.get(run_id) or Run(run_id)
-        since = view.seq
-
-        def body() -> list[ev.Recorded]:
-            return [recorded for recorded, _ in _load(self._tx.execute, self._tx.number(run_id), since)]
-
-        recorded = await self._read(body)
-        view = self._views.setdefault(run_id, view)
-        self._advance(run_id, recorded)
-        return view
+        if view := self._views.get(run_id):
+            since = view.seq
+            body = lambda: [r for r, _ in _load(self._tx.execute, self._tx.number(run_id), since)]  # noqa: E731
+            self._advance(run_id, await self._read(body))
+            return view
+        # A copy of the fold that the transactions keep: a long journal is read and folded once a process.
+        fresh = await self._read(lambda: self._tx.fold_now(run_id).copy())
+        return self._views.setdefault(run_id, fresh)
 
     def forget(self, run_id: str) -> None:
         """Drop the kept fold of a run that nobody here follows any more."""

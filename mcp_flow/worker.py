@@ -71,7 +71,7 @@ class Worker:
         bell = presence.Doorbell(self._settings)
         heart = _Heart(self.id, self._store, self._settings, asyncio.get_running_loop(), self._runs_of_frames)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
         heart.start()
         ready()
         try:
@@ -86,6 +86,10 @@ class Worker:
             lock.release()
             # Whoever waits for a released run should look for another worker now.
             presence.ring(self._settings, "")
+
+    def stop(self) -> None:
+        """Claim nothing more; `serve` gives the runs back and returns."""
+        self._stopping.set()
 
     async def _work(self, bell: presence.Doorbell) -> None:
         idle_since = time.monotonic()

@@ -38,14 +38,16 @@ class Table:
     def begin(self) -> None:
         self.conn.execute("BEGIN IMMEDIATE")
 
-    def savepoint(self) -> None:
-        self.conn.execute("SAVEPOINT body")
+    def begin_body(self, *, alone: bool) -> None:
+        if not alone:
+            self.conn.execute("SAVEPOINT body")
 
-    def rollback_savepoint(self) -> None:
-        self.conn.execute("ROLLBACK TO body")
+    def undo_body(self, *, alone: bool) -> None:
+        self.conn.execute("ROLLBACK" if alone else "ROLLBACK TO body")
 
-    def release_savepoint(self) -> None:
-        self.conn.execute("RELEASE body")
+    def end_body(self, *, alone: bool) -> None:
+        if not alone:
+            self.conn.execute("RELEASE body")
 
     def commit(self) -> None:
         if self.fail_at_commit:

@@ -100,7 +100,7 @@ async def registry(
         raise InvalidInput(f"There is no status {unknown[0]!r}. The statuses: {', '.join(STATUSES)}.")
     stored = ["running" if word == "interrupted" else word for word in status]
     now = app.store.now()
-    before = _cursor(cursor)
+    before = _cursor(cursor, 1)
     shown: list[dict[str, Any]] = []
     more: str | None = None
     rows = await app.control.runs(stored, workflow, query, limit + 1, int(before[0]) if before else None)
@@ -119,7 +119,7 @@ async def pending(app: App, run_id: str | None, kind: str | None, limit: int, cu
     """A page of `list_pending`."""
     if run_id is not None:
         await app.control.run(run_id)
-    after = _cursor(cursor)
+    after = _cursor(cursor, 2)
     kinds = [kind] if kind else ["pause", "input", "approval", "in-doubt", "takeover"]
     place = (after[0], after[1]) if after else None
     rows = await app.control.requests(run_id, kinds, limit + 1, place)
@@ -151,13 +151,16 @@ def _as_cursor(parts: list[str]) -> str:
     return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
 
 
-def _cursor(cursor: str | None) -> list[str] | None:
+def _cursor(cursor: str | None, parts: int) -> list[str] | None:
+    """What `_as_cursor` packed; a single part is a number. Raises `InvalidInput` for anything else."""
     if cursor is None:
         return None
     try:
-        parts = json.loads(base64.urlsafe_b64decode(cursor))
-        if not all(isinstance(part, str) for part in parts) or not (len(parts) == 2 or parts[0].isdigit()):
+        packed = json.loads(base64.urlsafe_b64decode(cursor))
+        if not isinstance(packed, list) or len(packed) != parts or not all(isinstance(part, str) for part in packed):
             raise ValueError
-    except (ValueError, TypeError, IndexError) as error:
+        if parts == 1 and not (packed[0].isascii() and packed[0].isdigit() and len(packed[0]) < 19):
+            raise ValueError
+    except ValueError as error:
         raise InvalidInput(f"{cursor[:80]!r} is no cursor; leave it out to begin at the start.") from error
-    return list(parts)
+    return packed
