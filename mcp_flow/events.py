@@ -128,55 +128,54 @@ class RunCancelled(Event):
 # --- steps ---
 
 
-class StepStarted(Event):
+class OfStep(Event):
+    """The base of what happens to a step, in a generation of its key."""
+
+    key: str
+    generation: int = 0
+
+
+class StepStarted(OfStep):
     """A try of a step began; `url` is where the run's page was, for steps that restore it."""
 
     type: ClassVar[str] = "step.started"
-    key: str
     fingerprint: str
-    generation: int = 0
     number: int = 1
     once: bool = False
     restore: bool = False
     url: str | None = None
 
 
-class StepFinished(Event):
+class StepFinished(OfStep):
     """A step's result, which no attempt computes again in this generation."""
 
     type: ClassVar[str] = "step.finished"
-    key: str
-    generation: int = 0
     value: Any = None
     ms: float = 0.0
 
 
-class StepFailed(Event):
+class StepFailed(OfStep):
     """A try ended with an error. `effect_free` is the step's own word (`Retriable`) that nothing happened."""
 
     type: ClassVar[str] = "step.failed"
-    key: str
     error: Failure
-    generation: int = 0
     number: int = 1
     effect_free: bool = False
     retry_in: float | None = None
 
 
-class StepReset(Event):
+class StepReset(OfStep):
     """A step's key moved to a new generation, so it runs again."""
 
     type: ClassVar[str] = "step.reset"
-    key: str
     generation: int
     reason: str
 
 
-class StepNondeterministic(Event):
+class StepNondeterministic(OfStep):
     """A finished step was reached with other arguments although nothing had changed; its result stands."""
 
     type: ClassVar[str] = "step.nondeterministic"
-    key: str
     fingerprint: str
 
 

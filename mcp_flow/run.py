@@ -43,30 +43,34 @@ _WAITING: tuple[tuple[ev.RequestKind, Status], ...] = (
     ("takeover", "paused"),
 )
 
-_AFTER_END = (
-    ev.RunClaimed,
-    ev.RunReleased,
-    ev.PageClosed,
-    ev.PageObserved,
-    ev.PageEvaluated,
-    ev.ArtifactKept,
+_AFTER_END: frozenset[type[ev.Event]] = frozenset(
+    (
+        ev.RunClaimed,
+        ev.RunReleased,
+        ev.PageClosed,
+        ev.PageObserved,
+        ev.PageEvaluated,
+        ev.ArtifactKept,
+    )
 )
-_OWNERS_ONLY = (
-    ev.RunReleased,
-    ev.AttemptStarted,
-    ev.AttemptIdled,
-    ev.RunFailed,
-    ev.RunFinished,
-    ev.StepStarted,
-    ev.StepFinished,
-    ev.StepFailed,
-    ev.StepNondeterministic,
-    ev.ValueRecorded,
-    ev.RequestOpened,
-    ev.PageOpened,
-    ev.PageAttached,
-    ev.Logged,
-    ev.ProgressReported,
+_OWNERS_ONLY: frozenset[type[ev.Event]] = frozenset(
+    (
+        ev.RunReleased,
+        ev.AttemptStarted,
+        ev.AttemptIdled,
+        ev.RunFailed,
+        ev.RunFinished,
+        ev.StepStarted,
+        ev.StepFinished,
+        ev.StepFailed,
+        ev.StepNondeterministic,
+        ev.ValueRecorded,
+        ev.RequestOpened,
+        ev.PageOpened,
+        ev.PageAttached,
+        ev.Logged,
+        ev.ProgressReported,
+    )
 )
 
 
@@ -231,11 +235,14 @@ class Run:
 
     def check(self, event: ev.Event, epoch: int | None) -> None:
         """Raise `IllegalEvent` or `LeaseLost` unless `event`, written under `epoch`, may be the next one."""
-        if (self.created is None) is not isinstance(event, ev.RunCreated):
+        if (self.created is None) is not (type(event) is ev.RunCreated):
             raise self._illegal(event, "a journal begins with run.created, once")
-        if self.ended and not isinstance(event, _AFTER_END):
+        if self.ended and type(event) not in _AFTER_END:
             raise self._illegal(event, f"the run is {self.ended}")
         self._check_epoch(event, epoch)
+        if isinstance(event, ev.OfStep):
+            self._check_step(event)
+            return
         match event:
             case ev.AttemptStarted() if event.attempt != self.attempt + 1:
                 raise self._illegal(event, f"attempt {self.attempt + 1} is the next")
@@ -249,8 +256,6 @@ class Run:
                 raise self._illegal(event, "requests are still open")
             case ev.RunResumed() if not self.idle and self.owner:
                 raise self._illegal(event, "it is running")
-            case ev.StepStarted() | ev.StepFinished() | ev.StepFailed() | ev.StepReset() | ev.StepNondeterministic():
-                self._check_step(event)
             case ev.RequestOpened() if event.request_id in self.requests:
                 raise self._illegal(event, f"request {event.request_id} is there already")
             case ev.RequestOpened() if event.generation != self.generation(event.key):
@@ -270,7 +275,7 @@ class Run:
                 raise self._illegal(event, "nobody holds the page")
 
     def _check_epoch(self, event: ev.Event, epoch: int | None) -> None:
-        if isinstance(event, ev.RunClaimed):
+        if type(event) is ev.RunClaimed:
             if epoch != self.epoch + 1:
                 raise LeaseLost(f"Run {self.run_id} was claimed by another worker (epoch {self.epoch}).")
         elif epoch is not None and (epoch != self.epoch or self.owner is None):
@@ -278,12 +283,10 @@ class Run:
                 f"Run {self.run_id}: the lease of epoch {epoch} is over (epoch {self.epoch}, owner "
                 f"{self.owner or 'nobody'}); its {event.type} was refused."
             )
-        elif epoch is None and isinstance(event, _OWNERS_ONLY):
+        elif epoch is None and type(event) in _OWNERS_ONLY:
             raise self._illegal(event, "only the run's owner writes it")
 
-    def _check_step(
-        self, event: ev.StepStarted | ev.StepFinished | ev.StepFailed | ev.StepReset | ev.StepNondeterministic
-    ) -> None:
+    def _check_step(self, event: ev.OfStep) -> None:
         step = self.steps.get(event.key)
         if isinstance(event, ev.StepReset):
             if event.generation != self.generation(event.key) + 1:

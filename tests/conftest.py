@@ -48,5 +48,5 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 async def store(settings: Settings, clock: Clock) -> AsyncIterator[Store]:
-    async with Store(settings, "test", now=clock) as opened:
+    async with Store(settings, "worker", now=clock) as opened:
         yield opened
