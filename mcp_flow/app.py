@@ -84,11 +84,13 @@ async def open_app(settings: Settings, role: str, *, keep_awake: bool = False) -
         bell = presence.Doorbell(settings)
         app = App(settings, store, reader, bell)
         try:
-            async with anyio.create_task_group() as tasks:
-                if keep_awake:
+            if keep_awake:
+                async with anyio.create_task_group() as tasks:
                     tasks.start_soon(_keep_awake, app, bell)
+                    yield app
+                    tasks.cancel_scope.cancel()
+            else:  # a condition raised in a task group would reach a command wrapped in another exception
                 yield app
-                tasks.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
                 bell.close()

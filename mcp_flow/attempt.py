@@ -53,6 +53,9 @@ START_DELAY = 0.05
 """Within which the start of a plain step is written, unless its end comes first."""
 SETTLE = 0.05
 """How long nothing may happen before several branches count as waiting."""
+TITLE_SECONDS = 1.0
+"""How long a stop waits for a page's title."""
+_LONGEST_TITLE = 200
 _LONGEST_BACKOFF = 30.0
 _LONGEST_MESSAGE = 4000
 
@@ -94,6 +97,8 @@ class Attempt:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waits: dict[str, asyncio.Future[None]] = {}
         self._idle_check: asyncio.TimerHandle | None = None
+        self._starts: dict[str, _Start] = {}
+        self._starts_timer: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[Any]] = set()
         self._restored_here = False
         self._rebuilt = False
@@ -215,8 +220,10 @@ class Attempt:
             case replay.Reuse(step, deviates):
                 if deviates:
                     await self._append(ev.StepNondeterministic(key=key, fingerprint=digest))
-                if step.restore and self.session and self.session.state == "restored":
-                    await self._restore_step(name, fn, args, step.url)
+                if self.session and self.session.state == "restored":
+                    self._restored_here = step.restore
+                    if step.restore:
+                        await self._restore_step(name, fn, args, step.url)
                 return self._load(name, shape, step.value)
             case replay.Doubt(why):
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
@@ -258,7 +265,7 @@ class Attempt:
                 await asyncio.sleep(wait)
                 await self._enter(f"flow.step({name!r})", name)
             elif options.once and not isinstance(error, Retriable):
-                why = f"it raised {type(error).__name__}: {error}"
+                why = self._secrets.mask(f"it raised {type(error).__name__}: {error}")[:_LONGEST_MESSAGE]
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
                 if settled:
                     return value
@@ -280,8 +287,11 @@ class Attempt:
     ) -> Any:
         """One try; raises `_TryFailed` once its failure is journaled."""
         key, generation = started.key, started.generation
-        start = _Start(self, started)
         self._begin(key, name)
+        start = self._starts[key] = _Start(self, started)
+        if self._starts_timer is None:
+            # One timer for all, armed only while steps run: most steps end before it would do anything.
+            self._starts_timer = asyncio.get_running_loop().call_later(START_DELAY, self._write_starts)
         clock = time.perf_counter()
         try:
             if options.once:
@@ -311,17 +321,16 @@ class Attempt:
             await self._append(*start.unwritten(), failed)
             raise _TryFailed(error, retry_in) from error
         finally:
-            start.forget()
+            self._starts.pop(key, None)
             self._end(key)
 
     async def _invoke(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], limit: float | None) -> Any:
         with scope.inside_step(name):
+            if limit is None:
+                return await _call(fn, args)
             try:
                 async with asyncio.timeout(limit) as bound:
-                    if _is_async(fn):
-                        return await fn(*args)
-                    result = await asyncio.to_thread(fn, *args)
-                    return await result if hasattr(result, "__await__") else result
+                    return await _call(fn, args)
             except TimeoutError as error:
                 if bound.expired():
                     raise StepTimeout(f"Step {name!r} did not end within its {limit:g} s.") from error
@@ -332,7 +341,6 @@ class Attempt:
             page = await self.page("main")
             await page.goto(url)
         await self._invoke(name, fn, args, None)
-        self._restored_here = True
 
     async def _end_restoring(self) -> None:
         """Before the first thing that is new: pages go to where the checkpoint saw them."""
@@ -350,10 +358,12 @@ class Attempt:
             f"Step {name!r} runs only once, and {why}. Look at the page, then say whether it was done: "
             'resume with step="done" and its value, or step="again".'
         )
-        settled = await self._wait_for(key, "in-doubt", prompt, f"{digest}:{self.run.generation(key)}", data=why)
-        answer, generation = settled.value, self.run.generation(key)
-        step = self.run.steps.get(key)
+        step, generation = self.run.steps.get(key), self.run.generation(key)
         finished = step is not None and step.status == "finished"
+        # A key of its own: asking anew moves a key to its next generation, and in that the step would just run.
+        terms = f"{generation}:{digest}" if finished else f"{generation}"
+        settled = await self._wait_for(f"{key}?", "in-doubt", prompt, terms, schema=shape.schema, data=why)
+        answer = settled.value
         if answer["step"] == "again":
             await self._append(ev.StepReset(key=key, generation=generation + 1, reason="somebody looked: again"))
             return False, None
@@ -476,6 +486,7 @@ class Attempt:
         finally:
             self._waits.pop(request_id, None)
             self._touch()
+            self._check_idle_soon()
         await self._enter()
         return self.run.requests[request_id]
 
@@ -510,7 +521,9 @@ class Attempt:
         seen = self._activity
 
         def check() -> None:
-            if seen == self._activity and not self._busy and self._waits and not self._closed:
+            if seen != self._activity:
+                self._check_idle_soon()
+            elif not self._busy and self._waits and not self._closed:
                 self._spawn(self._go_idle())
 
         self._idle_check = asyncio.get_running_loop().call_later(SETTLE, check)
@@ -595,6 +608,8 @@ class Attempt:
         page = await session.page(name)
         if fresh:
             await self._journal_pages(session)
+            if self._rebuilt:
+                await session.restore_url(name)
         return page
 
     async def _attach(self) -> Session:
@@ -633,14 +648,14 @@ class Attempt:
             checkpoint = await session.checkpoint()
         except FlowError:
             return  # the page is gone; the checkpoint before it is the last one
-        await self.store.save_checkpoint(
-            self.run.run_id, json.dumps({"urls": checkpoint.urls, "storage": checkpoint.storage})
-        )
+        data = {"urls": checkpoint.urls, "storage": checkpoint.storage, "titles": await _titles(session)}
+        await self.store.save_checkpoint(self.run.run_id, json.dumps(data))
 
     async def load_checkpoint(self) -> Checkpoint | None:
         """What rebuilds the run's pages."""
         text = await self.store.load_checkpoint(self.run.run_id)
-        return Checkpoint(**json.loads(text)) if text else None
+        kept = json.loads(text) if text else None
+        return Checkpoint(kept["urls"], kept["storage"]) if kept else None
 
     async def _keep_evidence(self) -> list[str]:
         """A screenshot of the page at the moment of a failure, as far as there is a page."""
@@ -731,7 +746,7 @@ class Attempt:
 
     def _key(self, name: str) -> str:
         try:
-            return scope.current().key(name)
+            return scope.current().key(self._secrets.mask(name))
         except LookupError as error:
             raise OutsideRun(f"{name!r} was called from a task that no run started.") from error
 
@@ -739,6 +754,11 @@ class Attempt:
         """`Flow.scope`."""
         scope.refuse_nesting(f"flow.scope({name!r})")
         return scope.current().child(name)
+
+    def _write_starts(self) -> None:
+        self._starts_timer = None
+        for start in self._starts.values():
+            start.write_soon()
 
     def _begin(self, key: str, name: str) -> None:
         if key in self._busy:
@@ -804,9 +824,14 @@ class Attempt:
             raise StepResultError(f"The secret {name!r} is in {what}; it was not journaled.")
 
     def _describe(self, error: BaseException, step: str | None) -> ev.Failure:
-        """An error as the journal keeps it, pointing at the last line of the workflow's own code."""
+        """An error as the journal keeps it, pointing at the last line of the workflow's own code.
+
+        Of several errors of a task group the first is told with its place, the others by name.
+        """
+        error, *others = _leaves(error)
         place = self._place(error)
-        message = self._secrets.mask(str(error))[:_LONGEST_MESSAGE] or type(error).__name__
+        text = "".join([str(error), *(f"; and {_type_name(other)}: {other}" for other in others)])
+        message = self._secrets.mask(text)[:_LONGEST_MESSAGE] or type(error).__name__
         return ev.Failure(
             type=_type_name(error), message=message, step=step or getattr(error, "mcp_flow_step", None), **place
         )
@@ -837,28 +862,21 @@ class _Start:
         self._attempt = attempt
         self._event = event
         self._written = False
-        self._timer = asyncio.get_running_loop().call_later(START_DELAY, self._write_soon)
 
     async def write(self) -> None:
         """Write it now, and return once it is durable."""
-        self.forget()
         self._written = True
         await self._attempt._append(self._event)
 
     def unwritten(self) -> tuple[ev.StepStarted, ...]:
         """The event, if it is still to be written."""
-        self.forget()
         written, self._written = self._written, True
         return () if written else (self._event,)
 
-    def forget(self) -> None:
-        """Never write it by itself."""
-        self._timer.cancel()
-
-    def _write_soon(self) -> None:
-        # Queued at this very moment, so that it can't come after the end; what refuses it refuses the end too.
-        self._written = True
-        self._attempt.append_soon(self._event)
+    def write_soon(self) -> None:
+        """Queue it at this very moment, so that it can't come after the end; what refuses it refuses the end too."""
+        for event in self.unwritten():
+            self._attempt.append_soon(event)
 
 
 def _backoff(backoff: float | Callable[[int], float], number: int) -> float:
@@ -868,11 +886,36 @@ def _backoff(backoff: float | Callable[[int], float], number: int) -> float:
     return random.uniform(0, min(_LONGEST_BACKOFF, backoff * 2 ** (number - 1)))
 
 
+async def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Await a coroutine function on the loop; call any other in a thread, and await on the loop what it returns."""
+    if _is_async(fn):
+        return await fn(*args)
+    result = await asyncio.to_thread(fn, *args)
+    return await result if hasattr(result, "__await__") else result
+
+
 def _is_async(fn: Callable[..., Any]) -> bool:
     while isinstance(fn, functools.partial):
         fn = fn.func
     call = getattr(fn, "__call__", None)  # noqa: B004 (a callable object's own method)
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(call)
+
+
+async def _titles(session: Session) -> dict[str, str]:
+    """The titles of the pages that say theirs at once."""
+    titles = {}
+    for name, page in session.pages.items():
+        with suppress(Exception):  # a page that is closed, blocked or gone has no title to tell
+            async with asyncio.timeout(TITLE_SECONDS):
+                titles[name] = (await page.title())[:_LONGEST_TITLE]
+    return titles
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The errors in a group, or the one that is none."""
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
 
 
 def _type_name(error: BaseException) -> str:

@@ -178,7 +178,8 @@ def runs(settings: Settings, status: tuple[str, ...], limit: int) -> None:
 
     async def work(app: App) -> list[Any]:
         rows = await app.control.runs(status, None, None, limit, None)
-        return [(row, "interrupted" if app.control.interrupted(row.status, row.owner) else row.status) for row in rows]
+        words = ["interrupted" if app.control.interrupted(row.status, row.owner) else row.status for row in rows]
+        return [(row, word) for row, word in zip(rows, words, strict=True) if not status or word in status]
 
     table = Table("run", "workflow", "status", "step", "why", box=None, header_style="bold")
     for row, word in _run(settings, work):
@@ -198,7 +199,7 @@ def show(settings: Settings, run_id: str, with_events: bool) -> None:
         run = await app.control.run(run_id)
         word = "interrupted" if app.control.interrupted(run.status, run.owner) else run.status
         folder = str(settings.run_folder(run_id))
-        view: dict[str, Any] = dict(show_run(run, status=word, folder=folder, url=await app.control.last_url(run)))
+        view: dict[str, Any] = dict(show_run(run, status=word, folder=folder, place=await app.control.last_place(run)))
         view["steps"] = show_steps(run)
         if with_events:
             view["events"] = show_events(await app.control.events(run_id, 0, -1))
@@ -294,9 +295,11 @@ def _person() -> Channel:
 
 
 def _value(text: str | None) -> Any:
+    """The text, without the quotes of a JSON string; a question that wants anything but text reads it as JSON."""
     if text is None:
         return None
     try:
-        return json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
         return text
+    return parsed if isinstance(parsed, str) else text

@@ -93,12 +93,20 @@ class Connection(Protocol):
 
 
 class _Job:
-    __slots__ = ("body", "error", "future", "result", "write")
+    __slots__ = ("body", "error", "future", "on_result", "queued", "result", "write")
 
-    def __init__(self, body: Callable[[], Any], write: bool, future: asyncio.Future[Any] | None) -> None:
+    def __init__(
+        self,
+        body: Callable[[], Any],
+        write: bool,
+        future: asyncio.Future[Any] | None,
+        on_result: Callable[[Any], None] | None = None,
+    ) -> None:
         self.body = body
         self.write = write
         self.future = future
+        self.on_result = on_result
+        self.queued = False
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -138,7 +146,7 @@ class CommitThread:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         try:
-            await self._submit(self._open, write=False)
+            await self.submit(self._open, write=False)
         except BaseException:
             self._jobs.put(None)
             raise
@@ -147,29 +155,34 @@ class CommitThread:
         """Close the database after the jobs at hand, and end the thread."""
         try:
             self._flush()
-            await self._submit(self._close, write=False)
+            await self.submit(self._close, write=False)
         finally:
             self._jobs.put(None)
             self._thread.join(timeout=5)
 
     async def read(self, body: Callable[[], T]) -> T:
         """Run `body` outside a transaction."""
-        return await self._submit(body, write=False)
+        return await self.submit(body, write=False)
 
     async def write(self, body: Callable[[], T]) -> T:
         """Run `body` in a write transaction and return once it is durable; an error undoes `body` alone."""
-        return await self._submit(body, write=True)
+        return await self.submit(body, write=True)
 
     def write_soon(self, body: Callable[[], Any]) -> None:
         """Queue a write from any thread without waiting for it; its errors are dropped."""
         self._jobs.put(_Job(body, True, None))
 
-    def submit(self, body: Callable[[], T], *, write: bool) -> asyncio.Future[T]:
-        """Queue a job now, before anything that is queued later; the future is the loop's."""
+    def submit(
+        self, body: Callable[[], T], *, write: bool, on_result: Callable[[T], None] | None = None
+    ) -> asyncio.Future[T]:
+        """Queue a job now, before anything that is queued later; the future is the loop's.
+
+        A job that was queued will happen: who cancels the future only stops waiting. `on_result` is called in the loop
+        with the result, before whoever waits goes on, and also when nobody does any more.
+        """
         assert self._loop
         future: asyncio.Future[T] = self._loop.create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        job = _Job(body, write, future)
+        job = _Job(body, write, future, on_result)
         if not write or not self._at_once:
             self._jobs.put(job)
             return future
@@ -188,23 +201,14 @@ class CommitThread:
                         self._commit_locked(batch)
                     finally:
                         self._lock.__exit__()
-                    _settle(batch)
+                    self._settle(batch)
                     return
             finally:
                 self._using.release()
         for job in batch:
-            assert job.future
+            job.queued = True
             self._queued += 1
-            job.future.add_done_callback(self._count_down)
             self._jobs.put(job)
-
-    def _count_down(self, _: asyncio.Future[Any]) -> None:
-        self._queued -= 1
-
-    async def _submit(self, body: Callable[[], T], *, write: bool) -> T:
-        # A job that was queued will happen: whoever stops waiting must not leave a half-told story, so the
-        # future is left to itself and only the waiting ends.
-        return await asyncio.shield(self.submit(body, write=write))
 
     def _open(self) -> None:
         with self._lock, self._explained():
@@ -307,15 +311,19 @@ class CommitThread:
         waited = [job for job in batch if job.future is not None]
         if waited:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(_settle, waited)
+                self._loop.call_soon_threadsafe(self._settle, waited)
 
-
-def _settle(batch: list[_Job]) -> None:
-    for job in batch:
-        future = job.future
-        if future is None or future.done():
-            continue
-        if job.error is not None:
-            future.set_exception(job.error)
-        else:
-            future.set_result(job.result)
+    def _settle(self, batch: list[_Job]) -> None:
+        """Tell the loop's side of each job how it ended."""
+        for job in batch:
+            self._queued -= job.queued
+            if job.error is None and job.on_result is not None:
+                job.on_result(job.result)
+            future = job.future
+            if future is None or future.done():
+                continue
+            if job.error is None:
+                future.set_result(job.result)
+            else:
+                future.set_exception(job.error)
+                future.exception()  # seen, so that one whose waiter is gone is not complained about

@@ -30,6 +30,7 @@ from mcp_flow.errors import (
     NotAllowed,
     RunEnded,
     UnknownRequest,
+    UnknownRun,
     UnknownStep,
 )
 from mcp_flow.leases import Leases
@@ -40,6 +41,10 @@ from mcp_flow.store import RequestRow, RunRow, Store
 STOPPED = frozenset({"paused", "waiting-input", "waiting-approval", "in-doubt", "hijacked", "failed"})
 """The statuses in which somebody is needed: what a caller who waits is told of at once."""
 ENDED = frozenset({"finished", "cancelled", "continued"})
+STATUSES = (
+    "queued", "running", "interrupted", "paused", "waiting-input", "waiting-approval", "waiting-event", "waiting-timer",
+    "in-doubt", "hijacked", "failed", "finished", "cancelled", "continued",
+)  # fmt: skip
 
 
 class Control:
@@ -69,6 +74,11 @@ class Control:
         """
         if run_id is not None:
             check_id(run_id, "run")
+            with contextlib.suppress(UnknownRun):
+                # A client that asks again must get its run, whatever has become of the file meanwhile.
+                created = (await self._store.run(run_id)).created
+                if created and created.workflow == workflow and created.input == (input or {}):
+                    return run_id
         described, revision = await self._reader.describe(workflow)
         normal = await self._reader.validate(revision, described.function, input)
         created = ev.RunCreated(
@@ -198,7 +208,7 @@ class Control:
                         f"{opened.prompt} The call: resume(run_id={run.run_id!r}, step='done', value=…) or "
                         f"resume(run_id={run.run_id!r}, step='again')."
                     )
-                given = {"step": step} | ({"value": value} if step == "done" else {})
+                given = {"step": step} | ({"value": _fitting(opened, value)} if step == "done" else {})
             case "input":
                 if not has_value:
                     raise NotAllowed(f"Request {opened.request_id} waits for a value: {opened.prompt}")
@@ -307,8 +317,11 @@ class Control:
     async def runs(
         self, status: Sequence[str], workflow: str | None, query: str | None, limit: int, before: int | None
     ) -> list[RunRow]:
-        """The registry, newest first."""
-        return await self._store.list_runs(status, workflow, query, limit, before)
+        """The registry, newest first; a run that may be `interrupted` is among those asked for by that word."""
+        if unknown := [word for word in status if word not in STATUSES]:
+            raise InvalidInput(f"There is no status {unknown[0]!r}. The statuses: {', '.join(STATUSES)}.")
+        stored = ["running" if word == "interrupted" else word for word in status]
+        return await self._store.list_runs(stored, workflow, query, limit, before)
 
     async def requests(
         self, run_id: str | None, kinds: Sequence[str], limit: int, after: tuple[str, str] | None
@@ -339,14 +352,16 @@ class Control:
             return revision.hash != run.revision
         return True
 
-    async def last_url(self, run: Run) -> str | None:
-        """Where the run's main page was when it last stopped."""
+    async def last_place(self, run: Run) -> dict[str, str]:
+        """URL and title of the run's main page when it last stopped, as far as they are known."""
         if not run.pages or run.ended:
-            return None
-        checkpoint = await self._store.load_checkpoint(run.run_id)
-        urls = json.loads(checkpoint)["urls"] if checkpoint else {}
-        url = urls.get("main") or next(iter(urls.values()), None)
-        return str(url) if url else None
+            return {}
+        kept = json.loads(await self._store.load_checkpoint(run.run_id) or "{}")
+        place = {}
+        for word, values in (("url", kept.get("urls")), ("title", kept.get("titles"))):
+            if values and (value := values.get("main") or next(iter(values.values()))):
+                place[word] = str(value)
+        return place
 
     async def note_evaluation(self, run_id: str, code: str, mode: Literal["read", "write"], outcome: str) -> None:
         """Journal that code was evaluated in the run's page."""
@@ -393,7 +408,10 @@ def _check_open(run: Run, request: Request, value: Any) -> None:
     match request.status:
         case "answered":
             who = f"by {request.by} via {request.via}"
-            raise Conflict(f"Request {opened.request_id} was answered already {who}: {request.value!r:.200}.")
+            given = json.dumps(request.value, ensure_ascii=False)
+            if opened.kind == "approval":
+                given = "approved" if request.value["approved"] else "denied"
+            raise Conflict(f"Request {opened.request_id} was answered already {who}: {given:.200}.")
         case "expired":
             raise Conflict(f"Request {opened.request_id} expired at {opened.expires}. {_open_ones(run)}")
         case "withdrawn":

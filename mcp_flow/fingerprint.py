@@ -22,6 +22,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 
 _TEXTUAL = (datetime, date, time, timedelta, Decimal, UUID, PurePath)
 _DEPTH = 64
+_ENCODER = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
 
 
 def of_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> str:
@@ -40,7 +41,7 @@ def of_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> str:
 
 def of(value: Any) -> str:
     """The sha256 of `value`'s canonical JSON, in hex, cut to 32 digits: 128 bits tell any two arguments apart."""
-    text = json.dumps(canonical(value), separators=(",", ":"), sort_keys=True)
+    text = _ENCODER.encode(canonical(value))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

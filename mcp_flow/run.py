@@ -229,6 +229,10 @@ class Run:
         if recorded.seq != self.seq + 1:
             raise IllegalEvent(f"Run {self.run_id}: event {recorded.seq} can't follow event {self.seq}.")
         self.check(recorded.event, recorded.epoch)
+        self.take(recorded)
+
+    def take(self, recorded: ev.Recorded) -> None:
+        """Take in the next event of a journal, which was checked when it was appended."""
         self._apply(recorded)
         self.seq = recorded.seq
         self.updated_at = recorded.at

@@ -89,18 +89,22 @@ class Opening:
                 self._opened.set()
 
 
-def build(settings: Settings) -> MCPServer[Opening]:
-    """The server on these settings."""
+def build(settings: Settings, closed: anyio.Event | None = None) -> MCPServer[Opening]:
+    """The server on these settings; `closed` is set when it has closed what it had opened."""
     from mcp_flow.tools import page, people, runs
     from mcp_flow.tools.register import make
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[Opening]) -> AsyncIterator[Opening]:
         opening = Opening(settings)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(opening.serve)
-            yield opening
-            tasks.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(opening.serve)
+                yield opening
+                tasks.cancel_scope.cancel()
+        finally:
+            if closed:
+                closed.set()
 
     tools = [
         make(runs.list_workflows, read_only=True),
@@ -164,19 +168,20 @@ def _renderer(body: str, arguments: list[PromptArgument]) -> Callable[..., Await
 async def serve_stdio(settings: Settings) -> None:
     """Speak MCP over stdio until the input ends or SIGTERM or SIGINT comes. Runs don't notice the end of it."""
     os.umask(0o077)
-    server = build(settings)
+    closed = anyio.Event()
+    server = build(settings, closed)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_end_on_signal, tasks.cancel_scope)
+        tasks.start_soon(_end_on_signal, tasks.cancel_scope, closed)
         await server.run_stdio_async()
         tasks.cancel_scope.cancel()
 
 
-async def _end_on_signal(scope: anyio.CancelScope) -> None:
+async def _end_on_signal(scope: anyio.CancelScope, closed: anyio.Event) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             scope.cancel()
-            # The SDK's reader thread sits in a read of stdin that nothing interrupts; what needs closing is closed by
-            # the cancellation, and two seconds later the process ends whatever that thread does.
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(2)
+            # The SDK's reader thread sits in a read of stdin that nothing interrupts: the process ends as soon as
+            # everything is closed, whatever that thread does, and in two seconds at the latest.
+            with anyio.CancelScope(shield=True), anyio.move_on_after(2):
+                await closed.wait()
             os._exit(0)

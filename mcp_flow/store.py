@@ -186,7 +186,7 @@ class _Transaction:
             if row is None or row[0] <= run.seq:
                 number, tip, run = self.number(run_id), ev.genesis(run_id), Run(run_id)
         for recorded, digest in _load(self.execute, number, run.seq):
-            run.advance(recorded)
+            run.take(recorded)
             tip = digest
         self._cache[run_id] = (number, tip, run)
         self._cache.move_to_end(run_id)
@@ -209,7 +209,7 @@ class _Transaction:
         self._in_body.add(run_id)
         number, tip, run = self.fold(run_id)
         before = run.seq
-        at = self._now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        at = _stamp(self._now())
         appended, rows = [], []
         for event, data in prepared:
             recorded = ev.Recorded(run.seq + 1, at, epoch, event)
@@ -398,21 +398,18 @@ class Store:
 
     async def append(self, run_id: str, *events: ev.Event, epoch: int | None = None) -> None:
         """Append events, all or none, and return once they are durable; raises `IllegalEvent` or `LeaseLost`."""
-        await asyncio.shield(self.append_soon(run_id, *events, epoch=epoch))
+        await self.append_soon(run_id, *events, epoch=epoch)
 
     def append_soon(self, run_id: str, *events: ev.Event, epoch: int | None = None) -> asyncio.Future[Any]:
         """`append`, queued at once, before whatever is appended later; the future ends when it is durable."""
         prepared = [(event, event.encoded()) for event in events]
         view = self._views.get(run_id)
         since = view.seq if view else None
-        future = self._thread.submit(lambda: self._tx.append(run_id, prepared, epoch, since), write=True)
-
-        def advance(done: asyncio.Future[list[ev.Recorded]]) -> None:
-            if not done.cancelled() and not done.exception():
-                self._advance(run_id, done.result())
-
-        future.add_done_callback(advance)
-        return future
+        return self._thread.submit(
+            lambda: self._tx.append(run_id, prepared, epoch, since),
+            write=True,
+            on_result=lambda recorded: self._advance(run_id, recorded),
+        )
 
     def append_from_thread(self, run_id: str, event: ev.Event) -> None:
         """Append an event that needs no epoch, from any thread, without waiting for it."""
@@ -432,8 +429,9 @@ class Store:
             prepared = [(event, event.encoded()) for event in plan(run)]
             return (self._tx.append(run_id, prepared, epoch, since) if prepared else []), before
 
-        recorded, before = await self._thread.write(body)
-        self._advance(run_id, recorded)
+        recorded, before = await self._thread.submit(
+            body, write=True, on_result=lambda result: self._advance(run_id, result[0])
+        )
         return [r for r in recorded if r.seq > before]
 
     async def run(self, run_id: str) -> Run:
@@ -711,7 +709,7 @@ class Store:
                 # A view that came into being while an append was on its way may lack what is between: it is
                 # read with the next append or `run`.
                 if entry.seq == view.seq + 1:
-                    view.advance(entry)
+                    view.take(entry)
 
     def _explain(self, error: sqlite3.Error) -> StoreError:
         path, text = self._settings.database, str(error)
@@ -748,7 +746,7 @@ def _request(data: str) -> ev.RequestOpened:
 
 
 def _stamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
 
 def _too_new(version: int) -> str:

@@ -43,7 +43,7 @@ class RunView(TypedDict, total=False):
     note: str
 
 
-def show_run(run: Run, *, status: str, folder: str, url: str | None = None) -> RunView:
+def show_run(run: Run, *, status: str, folder: str, place: dict[str, str] | None = None) -> RunView:
     """A run without its steps and events. `status` may be `interrupted`, which no journal holds."""
     assert run.created
     view = RunView(
@@ -59,20 +59,20 @@ def show_run(run: Run, *, status: str, folder: str, url: str | None = None) -> R
         view["why"] = run.reason
     if run.error:
         view["error"] = run.error.model_dump(exclude_defaults=True)
-    if step := next(iter(run.running_steps()), None):
+    if not run.ended and (step := next(iter(run.running_steps()), None)):
         view["step"] = step.key
     if pending := [show_request(request, run) for request in run.open_requests()]:
         view["pending"] = pending
         view.setdefault("why", run.open_requests()[0].opened.prompt)
     if run.page_state and not run.ended:
-        page = {"state": run.page_state, "since": run.page_since, "url": url, "names": sorted(run.pages)}
-        view["page"] = {name: value for name, value in page.items() if value}
+        view["page"] = {"state": run.page_state, "since": run.page_since, "names": sorted(run.pages)} | (place or {})
     if run.progress:
         view["progress"] = run.progress.model_dump(exclude={"key"}, exclude_none=True)
-    if run.hijack:
+    if run.hijack and not run.ended:
         place = run.hijack.stopped.model_dump(exclude_none=True) if run.hijack.stopped else {}
         where = f"; it stands at {json.dumps(place)}" if place else ""
-        view["why"] = f"held by the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
+        held = "held by" if run.hijack.stopped else "stops at its next action or step for"
+        view["why"] = f"{held} the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
     if run.blocked and status == "running":
         spot = f"{run.blocked.file}:{run.blocked.line}"
         view["why"] = f"the worker's event loop has stood still for {run.blocked.seconds:g} s at {spot}"
@@ -176,7 +176,7 @@ def _request(opened: ev.RequestOpened, run_id: str, at: str) -> dict[str, Any]:
         "request_id": opened.request_id,
         "kind": opened.kind,
         "prompt": opened.prompt,
-        "step": opened.key,
+        "step": opened.key.removesuffix("?"),
         "data": opened.data,
         "schema": opened.answer_schema,
         "by": opened.by,

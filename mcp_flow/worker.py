@@ -110,12 +110,12 @@ class Worker:
     async def _next_ring(self, bell: presence.Doorbell) -> set[str]:
         ring = asyncio.ensure_future(bell.wait(POLL))
         stop = asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({ring, stop}, return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if not ring.done():
+        try:
+            await asyncio.wait({ring, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return ring.result() if ring.done() else set()
+        finally:
             ring.cancel()
-            return set()
-        return ring.result()
+            stop.cancel()
 
     async def _may_leave(self) -> bool:
         """Leave only if no work came in between; whoever starts a worker meanwhile waits for that to be certain."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from mcp.server.mcpserver import Context
@@ -63,13 +64,16 @@ async def get_run(
     run = await app.control.run(run_id)
     steps = show_steps(run)
     view["steps"] = steps[-limit:]
+    notes = []
     if len(steps) > limit:
-        view["note"] = f"{len(steps) - limit} earlier steps are left out; limit={min(len(steps), 500)} shows more."
+        notes.append(f"{len(steps) - limit} earlier steps are left out; limit={min(len(steps), 500)} shows more.")
     view["last_seq"] = run.seq
     if since is not None:
         view["events"] = show_events(await app.control.events(run_id, since, limit))
         if view["events"] and view["events"][-1]["seq"] < run.seq:
-            view["note"] = f"More events follow: get_run(run_id={run_id!r}, since={view['events'][-1]['seq']})"
+            notes.append(f"More events follow: get_run(run_id={json.dumps(run_id)}, since={view['events'][-1]['seq']})")
+    if notes:
+        view["note"] = " ".join(notes)
     return answer(view)
 
 

@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from mcp_flow.run import Run
     from mcp_flow.store import RunRow
 
-STATUSES = (
-    "queued", "running", "interrupted", "paused", "waiting-input", "waiting-approval", "waiting-event", "waiting-timer",
-    "in-doubt", "hijacked", "failed", "finished", "cancelled", "continued",
-)  # fmt: skip
-
 
 async def app(ctx: Context[Any]) -> App:
     """The app of this server, opened by the first call that needs it."""
@@ -51,7 +46,7 @@ async def watched(ctx: Context[Any], app: App, run_id: str, wait_s: float) -> Ru
     run = await app.control.wait(run_id, wait_s, tell)
     status = "interrupted" if app.control.interrupted(run.status, run.owner) else run.status
     folder = str(app.settings.run_folder(run_id))
-    return show_run(run, status=status, folder=folder, url=await app.control.last_url(run))
+    return show_run(run, status=status, folder=folder, place=await app.control.last_place(run))
 
 
 def following(app: App, run: Run) -> str:
@@ -96,14 +91,11 @@ async def registry(
     show: Callable[[RunRow, str, datetime], dict[str, Any]],
 ) -> dict[str, Any]:
     """A page of `list_runs`."""
-    if unknown := [word for word in status if word not in STATUSES]:
-        raise InvalidInput(f"There is no status {unknown[0]!r}. The statuses: {', '.join(STATUSES)}.")
-    stored = ["running" if word == "interrupted" else word for word in status]
     now = app.store.now()
     before = _cursor(cursor, 1)
     shown: list[dict[str, Any]] = []
     more: str | None = None
-    rows = await app.control.runs(stored, workflow, query, limit + 1, int(before[0]) if before else None)
+    rows = await app.control.runs(status, workflow, query, limit + 1, int(before[0]) if before else None)
     for row in rows[:limit]:
         word = "interrupted" if app.control.interrupted(row.status, row.owner) else row.status
         if not status or word in status:

@@ -1,0 +1,35 @@
+"""The benchmark runs and has every row; what it finds is no matter of a test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).parent.parent / "bench" / "run.py"
+ROWS = (
+    "durable step, 200 in sequence",
+    "last tenth of them against the first",
+    "replay of 200 finished steps",
+    "database a step, checkpointed",
+    "20 concurrent runs of 10 steps",
+    "the same from claim to journaled end",
+    "process start to initialize reply",
+    "one-page run, start_run to finished",
+)
+
+
+def test_a_quick_run_of_the_benchmark_prints_the_machine_the_pragmas_and_every_row(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, str(BENCH), "--quick", "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    assert "SQLite" in ran.stdout.splitlines()[0]
+    assert "journal_mode=wal, synchronous=2" in ran.stdout
+    for row in ROWS:
+        assert row in ran.stdout
+    assert "not measured" not in ran.stdout, ran.stdout
+    assert list(tmp_path.iterdir()) == []
