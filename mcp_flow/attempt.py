@@ -632,13 +632,17 @@ class Attempt:
 
     def on_page_event(self, what: str, details: dict[str, Any]) -> None:
         """Journal what the browser did by itself."""
-        if not self._closed:
-            text = json.loads(self._secrets.mask(json.dumps(details, default=str))[:_LONGEST_MESSAGE])
-            self._spawn(self._observe(what, text))
+        if self._closed:
+            return
+        name = details.get("name")
+        if what in ("page-closed", "page-crashed") and name is not None:
+            self._spawn(self._observe(ev.PageClosed(name=name)))
+        shown = {word: self._secrets.mask(str(value))[:_LONGEST_MESSAGE] for word, value in details.items() if value}
+        self._spawn(self._observe(ev.PageObserved(what=what, details=shown)))
 
-    async def _observe(self, what: str, details: dict[str, Any]) -> None:
+    async def _observe(self, event: ev.Event) -> None:
         with suppress(FlowError):  # the run may have ended meanwhile
-            await self.store.append(self.run.run_id, ev.PageObserved(what=what, details=details))
+            await self.store.append(self.run.run_id, event)
 
     async def _checkpoint(self) -> None:
         session = self.session

@@ -64,7 +64,7 @@ def show_run(run: Run, *, status: str, folder: str, place: dict[str, str] | None
     if pending := [show_request(request, run) for request in run.open_requests()]:
         view["pending"] = pending
         view.setdefault("why", run.open_requests()[0].opened.prompt)
-    if run.page_state and not run.ended:
+    if run.page_state and run.pages and not run.ended:
         view["page"] = {"state": run.page_state, "since": run.page_since, "names": sorted(run.pages)} | (place or {})
     if run.progress:
         view["progress"] = run.progress.model_dump(exclude={"key"}, exclude_none=True)

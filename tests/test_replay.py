@@ -96,9 +96,7 @@ STEPS: list[tuple[str, Sequence[ev.Event], bool, type | None]] = [
 
 
 @pytest.mark.parametrize(("events", "once", "then"), [row[1:] for row in STEPS], ids=[row[0] for row in STEPS])
-def test_what_reaching_a_step_with_the_same_arguments_does(
-    events: Sequence[ev.Event], once: bool, then: type
-) -> None:
+def test_what_reaching_a_step_with_the_same_arguments_does(events: Sequence[ev.Event], once: bool, then: type) -> None:
     reached = reach_step(journal(*events), "a#1", "x", once=once)
     assert type(reached) is then
     assert not (isinstance(reached, Reuse) and reached.deviates)

@@ -20,17 +20,18 @@ from mcp_flow.server import build
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture
-async def settings(tmp_path: Path) -> AsyncIterator[Settings]:
+@pytest.fixture(scope="module")
+async def settings(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settings]:
     """Settings on a copy of the examples, so that one can be repaired; their processes are ended afterwards."""
-    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    made = config.load(home=tmp_path / "home", workflows=tmp_path / "examples")
+    folder = tmp_path_factory.mktemp("examples")
+    shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    made = config.load(home=folder / "home", workflows=folder / "examples")
     yield made
     await anyio.to_thread.run_sync(presence.stop_workers, made)
     await hosts.stop(made)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def client(settings: Settings) -> AsyncIterator[Client]:
     async with Client(build(settings)) as connected:
         yield connected
@@ -129,8 +130,12 @@ async def test_flaky_goes_on_in_the_same_page_once_its_code_is_repaired(client: 
     assert Path(run["error"]["file"]).name == "flaky.py"
 
     file = settings.workflows / "flaky.py"
-    file.write_text(file.read_text().replace('BUTTON = "Submit"', 'BUTTON = "Send"'))
-    run = await ended(client, await call(client, "resume", run_id=run["run_id"]))
+    source = file.read_text()
+    file.write_text(source.replace('BUTTON = "Submit"', 'BUTTON = "Send"'))
+    try:
+        run = await ended(client, await call(client, "resume", run_id=run["run_id"]))
+    finally:
+        file.write_text(source)
 
     assert run["output"] == {"visitor": 1, "answer": "Thank you"}
 
