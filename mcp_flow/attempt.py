@@ -102,6 +102,8 @@ class Attempt:
         self._background: set[asyncio.Task[Any]] = set()
         self._restored_here = False
         self._rebuilt = False
+        self._half_rebuilt = False
+        self._held = False
         self._given_up = asyncio.Event()
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -155,7 +157,10 @@ class Attempt:
         assert self.run.created
         arguments = self._workflow.arguments(self.run.created.input)
         with scope.Scope():
-            return await self._workflow.fn(Flow(self), **arguments)
+            try:
+                return await self._workflow.fn(Flow(self), **arguments)
+            except (SystemExit, KeyboardInterrupt) as error:
+                raise _Exited(error) from error
 
     async def _finish(self, value: Any) -> None:
         output = self._workflow.dump_output(value)
@@ -179,7 +184,8 @@ class Attempt:
         self._closed = True
         self._gate.set()
         try:
-            with anyio.move_on_after(grace):
+            # A step that is held at an action does not end by waiting for it.
+            with anyio.move_on_after(0 if self._held else grace):
                 await self._quiet.wait()
             if not self.run.ended:
                 await self._checkpoint()
@@ -309,7 +315,7 @@ class Attempt:
             again = started.number <= options.retries and (not options.once or effect_free)
             retry_in = _backoff(options.backoff, started.number) if again else None
             with suppress(AttributeError):
-                error.mcp_flow_step = name  # type: ignore[attr-defined]
+                setattr(error.exit if isinstance(error, _Exited) else error, "mcp_flow_step", name)  # noqa: B010
             failed = ev.StepFailed(
                 key=key,
                 generation=generation,
@@ -351,6 +357,7 @@ class Attempt:
         if not self._restored_here:
             for name in list(session.pages):
                 await session.restore_url(name)
+        await self._checkpoint()
 
     async def _ask_doubt(self, name: str, key: str, digest: str, why: str, shape: Codec) -> tuple[bool, Any]:
         """Let somebody look; returns whether the step counts as done, and its value then."""
@@ -614,6 +621,10 @@ class Attempt:
 
     async def _attach(self) -> Session:
         session = await self._open_session(self)
+        if session.state == "reattached" and self._half_rebuilt:
+            session.state = "restored"
+        elif session.state == "restored":
+            await self._note_rebuilding()
         self.session = session
         if session.state != "live":
             await self._append(ev.PageAttached(state=session.state))
@@ -646,8 +657,8 @@ class Attempt:
 
     async def _checkpoint(self) -> None:
         session = self.session
-        if session is None:
-            return
+        if session is None or (session.state == "restored" and not self._rebuilt):
+            return  # what a rebuilding needs must outlast it
         try:
             checkpoint = await session.checkpoint()
         except FlowError:
@@ -659,7 +670,14 @@ class Attempt:
         """What rebuilds the run's pages."""
         text = await self.store.load_checkpoint(self.run.run_id)
         kept = json.loads(text) if text else None
+        self._half_rebuilt = bool(kept and kept.get("rebuilding"))
         return Checkpoint(kept["urls"], kept["storage"]) if kept else None
+
+    async def _note_rebuilding(self) -> None:
+        """Pages found by a later attempt are not to be taken for whole until this one has rebuilt them."""
+        if text := await self.store.load_checkpoint(self.run.run_id):
+            noted = json.dumps(json.loads(text) | {"rebuilding": True})
+            await self.store.save_checkpoint(self.run.run_id, noted)
 
     async def _keep_evidence(self) -> list[str]:
         """A screenshot of the page at the moment of a failure, as far as there is a page."""
@@ -691,6 +709,7 @@ class Attempt:
         self._settle_waits()
         hijack = self.run.hijack
         if hijack is None:
+            self._held = False
             if not self._gate.is_set():
                 self._gate.set()
                 if self.session:
@@ -719,6 +738,7 @@ class Attempt:
 
     async def _hijacked(self, paused: PausedAt | None, step: str | None) -> None:
         """Journal that the code stands still, once."""
+        self._held = paused is not None
         place = {"file": paused.file, "line": paused.line, "action": paused.action} if paused else {}
         event = ev.RunHijacked(step=step or next(iter(self._busy.values()), None), **place)  # type: ignore[arg-type]
 
@@ -741,6 +761,8 @@ class Attempt:
         if task is not None:
             self._tasks.add(task)
         self._touch()
+        if self.run.hijack and self._gate.is_set():
+            self.refresh()  # the journal knew of it before the doorbell rang
         while not self._gate.is_set():
             if not self._busy:
                 await self._stop_between_steps(step)
@@ -850,6 +872,14 @@ class Attempt:
         return {}
 
 
+class _Exited(Exception):
+    """The author's code tried to end the process; as it is, that would end the worker with every run that it has."""
+
+    def __init__(self, exit: BaseException) -> None:
+        self.exit = exit
+        super().__init__(str(exit))
+
+
 class _TryFailed(Exception):
     """A try of a step failed and that is journaled; `retry_in` is None when no try follows."""
 
@@ -892,10 +922,13 @@ def _backoff(backoff: float | Callable[[int], float], number: int) -> float:
 
 async def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Await a coroutine function on the loop; call any other in a thread, and await on the loop what it returns."""
-    if _is_async(fn):
-        return await fn(*args)
-    result = await asyncio.to_thread(fn, *args)
-    return await result if hasattr(result, "__await__") else result
+    try:
+        if _is_async(fn):
+            return await fn(*args)
+        result = await asyncio.to_thread(fn, *args)
+        return await result if hasattr(result, "__await__") else result
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _Exited(error) from error
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:
@@ -917,6 +950,8 @@ async def _titles(session: Session) -> dict[str, str]:
 
 def _leaves(error: BaseException) -> list[BaseException]:
     """The errors in a group, or the one that is none."""
+    if isinstance(error, _Exited):
+        return [error.exit]
     if not isinstance(error, BaseExceptionGroup):
         return [error]
     return [leaf for inner in error.exceptions for leaf in _leaves(inner)]

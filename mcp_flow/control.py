@@ -131,9 +131,8 @@ class Control:
         def plan(run: Run) -> list[ev.Event]:
             if run.ended:
                 raise RunEnded(f"Run {run_id} is {run.status}; nothing changes it any more.")
+            # What makes a new attempt comes before the release: only while it is held does a live run stand still.
             moves: list[ev.Event] = []
-            if run.hijack:
-                moves.append(ev.HijackReleased(by=channel.by))
             resets = [
                 ev.StepReset(key=key, generation=run.generation(key) + 1, reason=f"rerun by {channel.by}")
                 for key in keys
@@ -146,9 +145,11 @@ class Control:
             anew = not executing and (
                 run.error is not None or bool(resets) or (run.idle and changed) or (bool(answers) and changed)
             )
-            if anew or (run.hijack and run.active and (resets or changed)):
+            if anew or (run.hijack and run.hijack.stopped and run.active and (resets or changed)):
                 moves += resets
                 moves.append(ev.RunResumed(revision=revision.hash if revision else run.revision, by=channel.by))
+            if run.hijack:
+                moves.append(ev.HijackReleased(by=channel.by))
             return [*moves, *answers]
 
         appended = await self._store.decide(run_id, plan)

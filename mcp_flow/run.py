@@ -258,7 +258,7 @@ class Run:
                 raise self._illegal(event, f"{event.key} is there already")
             case ev.RunFinished() if self.open_requests():
                 raise self._illegal(event, "requests are still open")
-            case ev.RunResumed() if not self.idle and self.owner:
+            case ev.RunResumed() if not self.idle and self.owner and not (self.hijack and self.hijack.stopped):
                 raise self._illegal(event, "it is running")
             case ev.RequestOpened() if event.request_id in self.requests:
                 raise self._illegal(event, f"request {event.request_id} is there already")

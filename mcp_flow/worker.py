@@ -146,7 +146,8 @@ class Worker:
         room = MAX_RUNNING - sum(not attempt.waiting for attempt in self._attempts.values())
         if room <= 0:
             return
-        await self._store.expire_due()
+        # Nobody rings for what this very process has written.
+        await self._look_at(set(await self._store.expire_due()))
         dead = await self._dead()
         if not await self._store.wanting(dead):
             return

@@ -14,7 +14,6 @@ import signal
 import textwrap
 import zlib
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio

@@ -132,7 +132,7 @@ async def test_a_failed_run_keeps_its_page_and_a_picture_and_goes_on_in_it(house
     assert (run.error.type, run.error.step) == ("playwright.TimeoutError", "click")
     assert run.error.line == house.line_of('"#missing"')
     [picture] = run.error.artifacts
-    assert open(picture, "rb").read(8) == b"\x89PNG\r\n\x1a\n"
+    assert (await anyio.Path(picture).read_bytes()).startswith(b"\x89PNG\r\n\x1a\n")
     assert await look(house, run_id, "document.querySelector('#name').value") == "Ada"
     house.edit('"#missing", timeout=100', '"button"')
     await house.resume(run_id)
@@ -184,7 +184,8 @@ async def test_after_a_stop_the_page_is_rebuilt_with_its_cookies_and_restore_ste
             if is_open("further"):
                 await flow.step("further", page.goto, site + "/cart")
             await flow.approve("Go?")
-            return [page.url, await page.evaluate("[document.cookie, window.signed || false]"), flow.attempt]
+            seen = await flow.step("look", page.evaluate, "[location.href, document.cookie, window.signed || false]")
+            return [*seen, flow.attempt]
         """,
         {"site": site},
     )
@@ -192,7 +193,7 @@ async def test_after_a_stop_the_page_is_rebuilt_with_its_cookies_and_restore_ste
     await stop(house)
     assert (await house.control.run(run_id)).status == "waiting-approval"
     await house.approve(request)
-    assert await house.finished(run_id) == [f"{site}/enter", ["who=ada", True], 2]
+    assert await house.finished(run_id) == [f"{site}/enter", "who=ada", True, 2]
     assert house.did() == ["sign in at enter"] * 2
     assert [event.state for event in await house.events(run_id, ev.PageAttached)] == ["restored"]
     house.open("further")
@@ -200,7 +201,7 @@ async def test_after_a_stop_the_page_is_rebuilt_with_its_cookies_and_restore_ste
     request = await house.waiting(run_id, "waiting-approval")
     await stop(house)
     await house.approve(request)
-    assert await house.finished(run_id) == [f"{site}/cart", ["who=ada", False], 2]
+    assert await house.finished(run_id) == [f"{site}/cart", "who=ada", False, 2]
 
 
 async def test_a_page_whose_rebuilding_failed_is_rebuilt_by_the_next_attempt(house: House, site: str) -> None:
@@ -218,7 +219,7 @@ async def test_a_page_whose_rebuilding_failed_is_rebuilt_by_the_next_attempt(hou
             await flow.step("sign in", sign_in, page, restore=True)
             await flow.step("further", page.goto, site + "/cart")
             await flow.approve("Go?")
-            return page.url
+            return await flow.step("look", page.evaluate, "location.href")
         """,
         {"site": site},
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 
+import anyio
 import pytest
 from harness import AGENT, PERSON, House, open_house, visit
 
@@ -804,7 +804,7 @@ async def test_remarks_are_journaled_once_however_often_they_are_replayed(house:
     await house.until(run_id, "failed")
     house.open("mended")
     await house.resume(run_id)
-    assert Path(await house.finished(run_id)).read_bytes() == b"kept"
+    assert await anyio.Path(await house.finished(run_id)).read_bytes() == b"kept"
     assert len(await house.events(run_id, ev.Logged)) == 2
     assert [event.done for event in await house.events(run_id, ev.ProgressReported)] == [0, 1]
     assert len(await house.events(run_id, ev.ArtifactKept)) == 1

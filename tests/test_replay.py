@@ -81,8 +81,10 @@ STEPS: list[tuple[str, Sequence[ev.Event], bool, type | None]] = [
     ("once, reset", [*attempt(), started(once=True), FAILED, reset(), *again()[1:]], True, Execute),
     (
         "reset and finished again",
-        [*attempt(), started(), finished(), FAILED, reset(), *again()[1:], started(generation=1)]
-        + [finished(generation=1), *again(number=3)],
+        [
+            *(*attempt(), started(), finished(), FAILED, reset(), *again()[1:]),
+            *(started(generation=1), finished(generation=1), *again(number=3)),
+        ],
         False,
         Reuse,
     ),

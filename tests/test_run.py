@@ -204,7 +204,7 @@ FOLLOW: dict[str, set[str]] = {
     "resumed": _ANYTIME | {"resume"},
     "taken by another": _ANYTIME - {"claim 2"} | {"claim 3"},
     "hijack requested": _IN_FLIGHT - {"hijack"} | {"stop", "hand back"},
-    "hijacked": _IN_FLIGHT - {"hijack"} | {"hand back"},
+    "hijacked": _IN_FLIGHT - {"hijack"} | {"hand back", "resume"},
     "handed back": _IN_FLIGHT,
     "finished": _ENDED,
     "finished, page open": _ENDED,
@@ -418,7 +418,7 @@ class Model:
             case ev.RunFinished():
                 return at_work and not self.open
             case ev.RunResumed():
-                return going and (self.idle or not self.owned)
+                return going and (self.idle or not self.owned or self.hijack == "stopped")
             case ev.StepStarted():
                 fits = event.generation == self.generations[event.key]
                 return at_work and fits and self.steps[event.key] in ("absent", "started", "failed")

@@ -248,7 +248,8 @@ async def test_code_that_swallows_its_cancellation_reaches_the_journal_no_more(h
             await house.bell.next_ring(0.01)
     house.open("end")
     await house.stop_working()
-    assert house.did() == ["swallowed", "CancelledError"]
+    assert set(house.did()[:-1]) == {"swallowed"}
+    assert house.did()[-1] == "CancelledError"
     last = (await house.control.events(run_id, 0, 100))[-1].event
     assert isinstance(last, ev.RunCancelled)
 
@@ -287,7 +288,7 @@ async def test_code_that_exits_in_a_step_fails_its_own_run_alone(house: House) -
     )
     run = await house.until(run_id, "failed")
     assert run.error
-    assert run.error.type == "SystemExit"
+    assert run.error.type == "SystemExit", await house.story(run_id)
     assert run.error.step == "leave"
     assert (run.attempt, len(house.detached())) == (1, 1)
 
