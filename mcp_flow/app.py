@@ -46,7 +46,13 @@ class App:
         again = f'get_run(run_id="{run.run_id}") says where the run stands.'
         if run.ended:
             raise PageGone(f"Run {run.run_id} is {run.status}, and its pages are closed with it. {again}")
+        gone = PageGone(
+            f"The page {name!r} of run {run.run_id} is gone: it was closed, or its browser has ended. "
+            f'resume(run_id="{run.run_id}") rebuilds it from its checkpoint, once the run has stopped.'
+        )
         if target_id is None:
+            if name == "main" and run.page_state:
+                raise gone
             names = ", ".join(run.pages) or "none yet"
             raise PageGone(f"Run {run.run_id} has no page {name!r}; its pages: {names}. {again}")
         assert run.created
@@ -66,10 +72,7 @@ class App:
                     with anyio.CancelScope(shield=True), anyio.move_on_after(5):
                         await browser.close()
             return
-        raise PageGone(
-            f"The page {name!r} of run {run.run_id} is gone: it was closed, or its browser has ended. "
-            f'resume(run_id="{run.run_id}") rebuilds it from its checkpoint, once the run has stopped.'
-        )
+        raise gone
 
     async def close(self) -> None:
         """End the Playwright driver, if one was needed."""
