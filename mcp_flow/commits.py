@@ -85,9 +85,8 @@ class Connection(Protocol):
     def open(self) -> None: ...
     def close(self) -> None: ...
     def begin(self) -> None: ...
-    def begin_body(self, *, alone: bool) -> None: ...
-    def undo_body(self, *, alone: bool) -> None: ...
-    def end_body(self, *, alone: bool) -> None: ...
+    def begin_body(self) -> None: ...
+    def undo_body(self) -> bool: ...
     def commit(self) -> None: ...
     def rollback(self) -> None: ...
 
@@ -112,6 +111,10 @@ class _Job:
 
 
 _NOTHING_MORE = _Job(lambda: None, False, None)
+
+
+class _HalfDone(Exception):
+    """A job failed after it had written something."""
 
 
 class CommitThread:
@@ -268,36 +271,45 @@ class CommitThread:
                 job.error = job.error or error
 
     def _commit_locked(self, batch: list[_Job]) -> None:
+        again = False
         try:
             with self._explained():
                 try:
                     self._connection.begin()
-                    alone = len(batch) == 1
                     for job in batch:
-                        self._run_body(job, alone=alone)
-                    if not alone or batch[0].error is None:
-                        self._connection.commit()
+                        self._run_body(job)
+                    self._connection.commit()
+                except _HalfDone:
+                    self._connection.rollback()
+                    again = len(batch) > 1
                 except BaseException:
                     self._connection.rollback()
                     raise
         except BaseException as error:  # the boundary to the thread: whoever waits gets it
             for job in batch:
                 job.error = job.error or error
+        if again:
+            for job in batch:
+                job.error = None
+                self._commit_locked([job])
 
-    def _run_body(self, job: _Job, *, alone: bool) -> None:
-        """Run a job within the transaction; one that fails is undone. Alone it needs no savepoint for that."""
-        self._connection.begin_body(alone=alone)
+    def _run_body(self, job: _Job) -> None:
+        """Run a job within the transaction. One that is refused has written nothing, as a rule, and needs no savepoint.
+
+        Raises `_HalfDone` where it has: then the transaction is undone, and every job of it gets one of its own.
+        """
+        self._connection.begin_body()
         try:
             job.result = job.body()
+            return
         except sqlite3.DatabaseError as error:
             if not isinstance(error, sqlite3.IntegrityError):
                 raise
             job.error = self._explain(error)
         except Exception as error:  # the job's own condition: it is undone, the batch goes on
             job.error = error
-        if job.error is not None:
-            self._connection.undo_body(alone=alone)
-        self._connection.end_body(alone=alone)
+        if not self._connection.undo_body():
+            raise _HalfDone
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

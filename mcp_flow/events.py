@@ -7,9 +7,8 @@ and a field added later reads as its default in older journals. Golden journals 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticSerializationError
@@ -366,8 +365,7 @@ def _whole(value: Any) -> Any:
             return value
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
+class Recorded(NamedTuple):
     """An event at its place in a journal. `at` is UTC and informs only; the order is `seq`."""
 
     seq: int

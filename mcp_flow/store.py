@@ -263,6 +263,7 @@ class _Connection:
     def __init__(self, path: Path, now: Callable[[], datetime]) -> None:
         self._path = path
         self._conn: sqlite3.Connection | None = None
+        self._changes = 0
         self.transaction = _Transaction(self, now)
 
     def open(self) -> None:
@@ -304,18 +305,16 @@ class _Connection:
             raise StoreError(_too_new(version))
         self.transaction.begin()
 
-    def begin_body(self, *, alone: bool) -> None:
+    def begin_body(self) -> None:
+        assert self._conn
         self.transaction.begin_body()
-        if not alone:
-            self.execute("SAVEPOINT body")
+        self._changes = self._conn.total_changes
 
-    def undo_body(self, *, alone: bool) -> None:
+    def undo_body(self) -> bool:
+        """Forget what the failed body has folded, and say whether that undoes it because it has written nothing."""
+        assert self._conn
         self.transaction.forget_body()
-        self.execute("ROLLBACK" if alone else "ROLLBACK TO body")
-
-    def end_body(self, *, alone: bool) -> None:
-        if not alone:
-            self.execute("RELEASE body")
+        return self._conn.total_changes == self._changes
 
     def commit(self) -> None:
         try:

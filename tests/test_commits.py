@@ -38,16 +38,11 @@ class Table:
     def begin(self) -> None:
         self.conn.execute("BEGIN IMMEDIATE")
 
-    def begin_body(self, *, alone: bool) -> None:
-        if not alone:
-            self.conn.execute("SAVEPOINT body")
+    def begin_body(self) -> None:
+        self.changes = self.conn.total_changes
 
-    def undo_body(self, *, alone: bool) -> None:
-        self.conn.execute("ROLLBACK" if alone else "ROLLBACK TO body")
-
-    def end_body(self, *, alone: bool) -> None:
-        if not alone:
-            self.conn.execute("RELEASE body")
+    def undo_body(self) -> bool:
+        return self.conn.total_changes == self.changes
 
     def commit(self) -> None:
         if self.fail_at_commit:
