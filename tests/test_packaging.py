@@ -108,7 +108,8 @@ def test_every_dependency_is_pinned() -> None:
 def test_no_file_names_a_registry_or_a_place_on_this_machine() -> None:
     # Put together here, or this file would be the first to be found.
     hosts = [
-        name.replace(" ", r"\.") for name in ("pypi org", "pythonhosted org", "npmjs org", "npmjs com", "debian org")
+        name.replace(" ", r"\.").replace("-", "")
+        for name in ("pypi org", "python-hosted org", "npm-js org", "npm-js com", "deb-ian org")
     ]
     places = [rf"(?<![\w.~>-])/{name}/" for name in ("work", "root")]
     pattern = re.compile("|".join(hosts + places))
