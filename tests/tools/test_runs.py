@@ -356,6 +356,19 @@ async def test_a_missing_browser_is_named_with_the_commands_and_the_run_goes_on_
         assert (run["status"], run["output"]) == ("finished", "Welcome")
 
 
+async def test_a_run_with_a_window_says_what_it_lacks_where_there_is_no_display(
+    make: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, home: Settings
+) -> None:
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    settings = make({})
+    shutil.copy(home.workflows / "flows.py", settings.workflows)
+    async with Client(build(settings)) as client:
+        run = await call(client, "start_run", workflow="form", headless=False)
+        assert (run["status"], run["error"]["type"]) == ("failed", "BrowserUnavailable")
+        assert "headless=true" in run["error"]["message"]
+
+
 async def test_a_home_that_can_not_be_used_is_an_answer_and_not_the_end(tmp_path: Path, home: Settings) -> None:
     (tmp_path / "file").write_text("not a folder")
     async with Client(build(dataclasses.replace(home, home=tmp_path / "file" / "home"))) as client:
