@@ -7,15 +7,11 @@ losing the run is refused by the store.
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
-import inspect
 import json
 import os
-import random
 import secrets as tokens
 import time
-import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -30,7 +26,6 @@ from mcp_flow.browser.session import Checkpoint, PausedAt, Session
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import MISSING, Codec, Workflow, annotation_of, codec
 from mcp_flow.errors import (
-    Denied,
     FlowError,
     IllegalEvent,
     InvalidInput,
@@ -39,12 +34,13 @@ from mcp_flow.errors import (
     Retriable,
     StepError,
     StepResultError,
-    StepTimeout,
 )
+from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
 from mcp_flow.flow import Flow, StepOptions
 from mcp_flow.run import Request, Run
 from mcp_flow.secrets import Secrets
 from mcp_flow.store import Store
+from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
 Outcome = Literal["finished", "failed", "suspended", "cancelled", "lost"]
 OpenSession = Callable[["Attempt"], Coroutine[Any, Any, Session]]
@@ -56,8 +52,6 @@ SETTLE = 0.05
 TITLE_SECONDS = 1.0
 """How long a stop waits for a page's title."""
 _LONGEST_TITLE = 200
-_LONGEST_BACKOFF = 30.0
-_LONGEST_MESSAGE = 4000
 
 
 class Attempt:
@@ -97,7 +91,7 @@ class Attempt:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waits: dict[str, asyncio.Future[None]] = {}
         self._idle_check: asyncio.TimerHandle | None = None
-        self._starts: dict[str, _Start] = {}
+        self._starts: dict[str, Start] = {}
         self._starts_timer: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[Any]] = set()
         self._restored_here = False
@@ -160,7 +154,7 @@ class Attempt:
             try:
                 return await self._workflow.fn(Flow(self), **arguments)
             except (SystemExit, KeyboardInterrupt) as error:
-                raise _Exited(error) from error
+                raise Exited(error) from error
 
     async def _finish(self, value: Any) -> None:
         output = self._workflow.dump_output(value)
@@ -173,7 +167,7 @@ class Attempt:
         await self._decide(plan)
 
     async def _fail(self, error: BaseException) -> None:
-        failure = self._describe(error, None)
+        failure = describe(error, None, self._source_line, self._secrets.mask)
         artifacts = await self._keep_evidence()
         failure = failure.model_copy(update={"artifacts": artifacts})
         await self._checkpoint()
@@ -265,13 +259,13 @@ class Attempt:
             )
             try:
                 return await self._try_step(name, started, shape, fn, args, options)
-            except _TryFailed as failed:
+            except TryFailed as failed:
                 error, wait = failed.error, failed.retry_in
             if wait is not None:
                 await asyncio.sleep(wait)
                 await self._enter(f"flow.step({name!r})", name)
             elif options.once and not isinstance(error, Retriable):
-                why = self._secrets.mask(f"it raised {type(error).__name__}: {error}")[:_LONGEST_MESSAGE]
+                why = self._secrets.mask(f"it raised {type(error).__name__}: {error}")[:LONGEST_MESSAGE]
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
                 if settled:
                     return value
@@ -291,10 +285,10 @@ class Attempt:
         args: tuple[Any, ...],
         options: StepOptions,
     ) -> Any:
-        """One try; raises `_TryFailed` once its failure is journaled."""
+        """One try; raises `TryFailed` once its failure is journaled."""
         key, generation = started.key, started.generation
         self._begin(key, name)
-        start = self._starts[key] = _Start(self, started)
+        start = self._starts[key] = Start(started, self._append, self.append_soon)
         if self._starts_timer is None:
             # One timer for all, armed only while steps run: most steps end before it would do anything.
             self._starts_timer = asyncio.get_running_loop().call_later(START_DELAY, self._write_starts)
@@ -302,7 +296,7 @@ class Attempt:
         try:
             if options.once:
                 await start.write()
-            value = await self._invoke(name, fn, args, options.timeout)
+            value = await invoke(name, fn, args, options.timeout)
             text, live = self._encode(name, shape, value)
             ms = round((time.perf_counter() - clock) * 1000, 3)
             finished = ev.StepFinished(key=key, generation=generation, value=json.loads(text), ms=ms)
@@ -313,40 +307,28 @@ class Attempt:
         except Exception as error:
             effect_free = isinstance(error, Retriable)
             again = started.number <= options.retries and (not options.once or effect_free)
-            retry_in = _backoff(options.backoff, started.number) if again else None
+            retry_in = seconds_before_next(options.backoff, started.number) if again else None
             with suppress(AttributeError):
-                setattr(error.exit if isinstance(error, _Exited) else error, "mcp_flow_step", name)  # noqa: B010
+                setattr(error.exit if isinstance(error, Exited) else error, "mcp_flow_step", name)  # noqa: B010
             failed = ev.StepFailed(
                 key=key,
                 generation=generation,
                 number=started.number,
-                error=self._describe(error, name),
+                error=describe(error, name, self._source_line, self._secrets.mask),
                 effect_free=effect_free,
                 retry_in=retry_in,
             )
             await self._append(*start.unwritten(), failed)
-            raise _TryFailed(error, retry_in) from error
+            raise TryFailed(error, retry_in) from error
         finally:
             self._starts.pop(key, None)
             self._end(key)
-
-    async def _invoke(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], limit: float | None) -> Any:
-        with scope.inside_step(name):
-            if limit is None:
-                return await _call(fn, args)
-            try:
-                async with asyncio.timeout(limit) as bound:
-                    return await _call(fn, args)
-            except TimeoutError as error:
-                if bound.expired():
-                    raise StepTimeout(f"Step {name!r} did not end within its {limit:g} s.") from error
-                raise
 
     async def _restore_step(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], url: str | None) -> None:
         if url and self._url() != url:
             page = await self.page("main")
             await page.goto(url)
-        await self._invoke(name, fn, args, None)
+        await invoke(name, fn, args, None)
 
     async def _end_restoring(self) -> None:
         """Before the first thing that is new: pages go to where the checkpoint saw them."""
@@ -564,7 +546,7 @@ class Attempt:
         await self._enter()
         key = self._key(f"log {message}")
         if key not in self.run.remarks:
-            text = self._secrets.mask(message)[:_LONGEST_MESSAGE]
+            text = self._secrets.mask(message)[:LONGEST_MESSAGE]
             await self._append(ev.Logged(key=key, message=text, level=level))
 
     async def progress(self, done: float, total: float | None, message: str | None) -> None:
@@ -572,7 +554,7 @@ class Attempt:
         await self._enter()
         key = self._key(f"progress {done:g} {total} {message}")
         if key not in self.run.remarks:
-            text = self._secrets.mask(message)[:_LONGEST_MESSAGE] if message else None
+            text = self._secrets.mask(message)[:LONGEST_MESSAGE] if message else None
             await self._append(ev.ProgressReported(key=key, done=done, total=total, message=text))
 
     async def attach(self, name: str, content: bytes) -> str:
@@ -648,7 +630,7 @@ class Attempt:
         name = details.get("name")
         if what in ("page-closed", "page-crashed") and name is not None:
             self._spawn(self._observe(ev.PageClosed(name=name)))
-        shown = {word: self._secrets.mask(str(value))[:_LONGEST_MESSAGE] for word, value in details.items() if value}
+        shown = {word: self._secrets.mask(str(value))[:LONGEST_MESSAGE] for word, value in details.items() if value}
         self._spawn(self._observe(ev.PageObserved(what=what, details=shown)))
 
     async def _observe(self, event: ev.Event) -> None:
@@ -849,94 +831,6 @@ class Attempt:
         for name in self._secrets.held_in(text.encode("utf-8", "replace")):
             raise StepResultError(f"The secret {name!r} is in {what}; it was not journaled.")
 
-    def _describe(self, error: BaseException, step: str | None) -> ev.Failure:
-        """An error as the journal keeps it, pointing at the last line of the workflow's own code.
-
-        Of several errors of a task group the first is told with its place, the others by name.
-        """
-        error, *others = _leaves(error)
-        place = self._place(error)
-        text = "".join([str(error), *(f"; and {_type_name(other)}: {other}" for other in others)])
-        message = self._secrets.mask(text)[:_LONGEST_MESSAGE] or type(error).__name__
-        return ev.Failure(
-            type=_type_name(error), message=message, step=step or getattr(error, "mcp_flow_step", None), **place
-        )
-
-    def _place(self, error: BaseException) -> dict[str, Any]:
-        if isinstance(error, InvalidInput | Denied):
-            return {}
-        for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            source = self._source_line(frame.filename, frame.lineno or 0)
-            if source is not None:
-                return {"file": frame.filename, "line": frame.lineno, "source": source.strip()[:300]}
-        return {}
-
-
-class _Exited(Exception):
-    """The author's code tried to end the process; as it is, that would end the worker with every run that it has."""
-
-    def __init__(self, exit: BaseException) -> None:
-        self.exit = exit
-        super().__init__(str(exit))
-
-
-class _TryFailed(Exception):
-    """A try of a step failed and that is journaled; `retry_in` is None when no try follows."""
-
-    def __init__(self, error: Exception, retry_in: float | None) -> None:
-        self.error = error
-        self.retry_in = retry_in
-        super().__init__(str(error))
-
-
-class _Start:
-    """The start of a try: written at once, after a moment, or together with the end, whichever comes first."""
-
-    def __init__(self, attempt: Attempt, event: ev.StepStarted) -> None:
-        self._attempt = attempt
-        self._event = event
-        self._written = False
-
-    async def write(self) -> None:
-        """Write it now, and return once it is durable."""
-        self._written = True
-        await self._attempt._append(self._event)
-
-    def unwritten(self) -> tuple[ev.StepStarted, ...]:
-        """The event, if it is still to be written."""
-        written, self._written = self._written, True
-        return () if written else (self._event,)
-
-    def write_soon(self) -> None:
-        """Queue it at this very moment, so that it can't come after the end; what refuses it refuses the end too."""
-        for event in self.unwritten():
-            self._attempt.append_soon(event)
-
-
-def _backoff(backoff: float | Callable[[int], float], number: int) -> float:
-    """Seconds before the next try. Full jitter, after Brooker, "Exponential Backoff And Jitter" (AWS, 2015)."""
-    if callable(backoff):
-        return max(0.0, float(backoff(number)))
-    return random.uniform(0, min(_LONGEST_BACKOFF, backoff * 2 ** (number - 1)))
-
-
-async def _call(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Await a coroutine function on the loop; call any other in a thread, and await on the loop what it returns."""
-    try:
-        if _is_async(fn):
-            return await fn(*args)
-        result = await asyncio.to_thread(fn, *args)
-        return await result if hasattr(result, "__await__") else result
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise _Exited(error) from error
-
-
-def _is_async(fn: Callable[..., Any]) -> bool:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    call = getattr(fn, "__call__", None)  # noqa: B004 (a callable object's own method)
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(call)
-
 
 async def _titles(session: Session) -> dict[str, str]:
     """The titles of the pages that say theirs at once."""
@@ -946,20 +840,6 @@ async def _titles(session: Session) -> dict[str, str]:
             async with asyncio.timeout(TITLE_SECONDS):
                 titles[name] = (await page.title())[:_LONGEST_TITLE]
     return titles
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    """The errors in a group, or the one that is none."""
-    if isinstance(error, _Exited):
-        return [error.exit]
-    if not isinstance(error, BaseExceptionGroup):
-        return [error]
-    return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-
-
-def _type_name(error: BaseException) -> str:
-    module = type(error).__module__
-    return type(error).__name__ if not module.startswith("playwright") else f"playwright.{type(error).__name__}"
 
 
 def _write_private(path: Path, content: bytes) -> None:
