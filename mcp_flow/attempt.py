@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import anyio
 
 from mcp_flow import events as ev
 from mcp_flow import fingerprint, replay, scope
-from mcp_flow.browser.session import Checkpoint, PausedAt, Session
+from mcp_flow.browser.session import Checkpoint, OnEvent, PausedAt, Session
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import MISSING, Codec, Workflow, annotation_of, codec
 from mcp_flow.errors import (
@@ -37,21 +38,19 @@ from mcp_flow.errors import (
 )
 from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
 from mcp_flow.flow import Flow, StepOptions
+from mcp_flow.pages import Pages
 from mcp_flow.run import Request, Run
 from mcp_flow.secrets import Secrets
 from mcp_flow.store import Store
 from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
 Outcome = Literal["finished", "failed", "suspended", "cancelled", "lost"]
-OpenSession = Callable[["Attempt"], Coroutine[Any, Any, Session]]
+OpenSession = Callable[[Run, OnEvent, Checkpoint | None], Coroutine[Any, Any, Session]]
 
 START_DELAY = 0.05
 """Within which the start of a plain step is written, unless its end comes first."""
 SETTLE = 0.05
 """How long nothing may happen before several branches count as waiting."""
-TITLE_SECONDS = 1.0
-"""How long a stop waits for a page's title."""
-_LONGEST_TITLE = 200
 
 
 class Attempt:
@@ -71,18 +70,16 @@ class Attempt:
         self.settings = settings
         self.store = store
         self.run = run
-        self.session: Session | None = None
+        self.pages = Pages(store, run, self._append, partial(open_session, run, self._on_page_event), self._attached)
         self.number = run.attempt + 1
         self.finishing = False
         self.suspending: asyncio.Task[None] | None = None
         self._epoch = epoch
         self._workflow = workflow
         self._source_line = source_line
-        self._open_session = open_session
         self._announce = announce
         self._secrets = Secrets(settings.home)
         self._root: asyncio.Task[Any] | None = None
-        self._opening: asyncio.Task[Session] | None = None
         self._gate = asyncio.Event()
         self._gate.set()
         self._closed = False
@@ -94,9 +91,6 @@ class Attempt:
         self._starts: dict[str, Start] = {}
         self._starts_timer: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[Any]] = set()
-        self._restored_here = False
-        self._rebuilt = False
-        self._half_rebuilt = False
         self._held = False
         self._given_up = asyncio.Event()
         self._quiet = asyncio.Event()
@@ -170,7 +164,7 @@ class Attempt:
         failure = describe(error, None, self._source_line, self._secrets.mask)
         artifacts = await self._keep_evidence()
         failure = failure.model_copy(update={"artifacts": artifacts})
-        await self._checkpoint()
+        await self.pages.checkpoint()
         await self._append(ev.RunFailed(error=failure))
 
     async def suspend(self, grace: float) -> None:
@@ -182,7 +176,7 @@ class Attempt:
             with anyio.move_on_after(0 if self._held else grace):
                 await self._quiet.wait()
             if not self.run.ended:
-                await self._checkpoint()
+                await self.pages.checkpoint()
             if self._root and not self._root.done():
                 self._root.cancel("suspended")
                 await asyncio.wait([self._root], timeout=5)
@@ -196,17 +190,7 @@ class Attempt:
         self._closed = True
         if self._idle_check:
             self._idle_check.cancel()
-        if self.session:
-            session, self.session = self.session, None
-            with suppress(Exception):  # the connection may be gone already, which is what was wanted
-                await session.detach()
-
-    async def close_pages(self) -> None:
-        """Close the run's context for good."""
-        if self.session:
-            session, self.session = self.session, None
-            with suppress(Exception):  # the host may be gone, and the pages with it
-                await session.close()
+        await self.pages.detach()
 
     # --- steps ---
 
@@ -220,10 +204,11 @@ class Attempt:
             case replay.Reuse(step, deviates):
                 if deviates:
                     await self._append(ev.StepNondeterministic(key=key, fingerprint=digest))
-                if self.session and self.session.state == "restored":
-                    self._restored_here = step.restore
+                if self.pages.rebuilding:
+                    self.pages.restored_here = step.restore
                     if step.restore:
-                        await self._restore_step(name, fn, args, step.url)
+                        await self.pages.go_to(step.url)
+                        await invoke(name, fn, args, None)
                 return self._load(name, shape, step.value)
             case replay.Doubt(why):
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
@@ -232,7 +217,7 @@ class Attempt:
             case replay.Execute(reset) if reset:
                 generation = self.run.generation(key) + 1
                 await self._append(ev.StepReset(key=key, generation=generation, reason=reset))
-        await self._end_restoring()
+        await self.pages.end_restoring()
         return await self._run_step(name, key, digest, shape, fn, args, options)
 
     async def _run_step(
@@ -255,7 +240,7 @@ class Attempt:
                 number=number,
                 once=options.once,
                 restore=options.restore,
-                url=self._url() if options.restore else None,
+                url=self.pages.url if options.restore else None,
             )
             try:
                 return await self._try_step(name, started, shape, fn, args, options)
@@ -323,23 +308,6 @@ class Attempt:
         finally:
             self._starts.pop(key, None)
             self._end(key)
-
-    async def _restore_step(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], url: str | None) -> None:
-        if url and self._url() != url:
-            page = await self.page("main")
-            await page.goto(url)
-        await invoke(name, fn, args, None)
-
-    async def _end_restoring(self) -> None:
-        """Before the first thing that is new: pages go to where the checkpoint saw them."""
-        session = self.session
-        if session is None or session.state != "restored" or self._rebuilt:
-            return
-        self._rebuilt = True
-        if not self._restored_here:
-            for name in list(session.pages):
-                await session.restore_url(name)
-        await self._checkpoint()
 
     async def _ask_doubt(self, name: str, key: str, digest: str, why: str, shape: Codec) -> tuple[bool, Any]:
         """Let somebody look; returns whether the step counts as done, and its value then."""
@@ -418,8 +386,8 @@ class Attempt:
         reached = replay.reach_wait(self.run, key, terms)
         if isinstance(reached, replay.Settled):
             return reached.request
-        await self._end_restoring()
-        await self._checkpoint()
+        await self.pages.end_restoring()
+        await self.pages.checkpoint()
         alone = self._alone()  # asked here, because the plan runs in the store's thread
 
         def plan(run: Run) -> list[ev.Event]:
@@ -581,49 +549,13 @@ class Attempt:
     async def page(self, name: str) -> Any:
         """`Flow.page`."""
         await self._enter(f"flow.page({name!r})")
-        if self.session is None:
-            if self._opening is None:
-                self._opening = asyncio.create_task(self._attach())
-            opening = self._opening
-            try:
-                await asyncio.shield(opening)
-            finally:
-                if opening.done():
-                    self._opening = None
-        session = self.session
-        if session is None:
-            raise asyncio.CancelledError
-        fresh = name not in session.pages
-        page = await session.page(name)
-        if fresh:
-            await self._journal_pages(session)
-            if self._rebuilt:
-                await session.restore_url(name)
-        return page
+        return await self.pages.get(name)
 
-    async def _attach(self) -> Session:
-        session = await self._open_session(self)
-        if session.state == "reattached" and self._half_rebuilt:
-            session.state = "restored"
-        elif session.state == "restored":
-            await self._note_rebuilding()
-        self.session = session
-        if session.state != "live":
-            await self._append(ev.PageAttached(state=session.state))
+    def _attached(self) -> None:
         if self.run.hijack and not self.run.hijack.stopped:
             self._spawn(self._stop_at_action())
-        return session
 
-    async def _journal_pages(self, session: Session) -> None:
-        fresh = [
-            ev.PageOpened(name=record.name, target_id=record.target_id)
-            for record in await session.records()
-            if self.run.pages.get(record.name) != record.target_id
-        ]
-        if fresh:
-            await self._append(*fresh)
-
-    def on_page_event(self, what: str, details: dict[str, Any]) -> None:
+    def _on_page_event(self, what: str, details: dict[str, Any]) -> None:
         """Journal what the browser did by itself."""
         if self._closed:
             return
@@ -637,42 +569,12 @@ class Attempt:
         with suppress(FlowError):  # the run may have ended meanwhile
             await self.store.append(self.run.run_id, event)
 
-    async def _checkpoint(self) -> None:
-        session = self.session
-        if session is None or (session.state == "restored" and not self._rebuilt):
-            return  # what a rebuilding needs must outlast it
-        try:
-            checkpoint = await session.checkpoint()
-        except FlowError:
-            return  # the page is gone; the checkpoint before it is the last one
-        data = {"urls": checkpoint.urls, "storage": checkpoint.storage, "titles": await _titles(session)}
-        await self.store.save_checkpoint(self.run.run_id, json.dumps(data))
-
-    async def load_checkpoint(self) -> Checkpoint | None:
-        """What rebuilds the run's pages."""
-        text = await self.store.load_checkpoint(self.run.run_id)
-        kept = json.loads(text) if text else None
-        self._half_rebuilt = bool(kept and kept.get("rebuilding"))
-        return Checkpoint(kept["urls"], kept["storage"]) if kept else None
-
-    async def _note_rebuilding(self) -> None:
-        """Pages found by a later attempt are not to be taken for whole until this one has rebuilt them."""
-        if text := await self.store.load_checkpoint(self.run.run_id):
-            noted = json.dumps(json.loads(text) | {"rebuilding": True})
-            await self.store.save_checkpoint(self.run.run_id, noted)
-
     async def _keep_evidence(self) -> list[str]:
         """A screenshot of the page at the moment of a failure, as far as there is a page."""
-        session = self.session
-        page = session.pages.get("main") if session else None
-        if page is None or page.is_closed():
-            return []
-        try:
-            fields = page.locator("input[type=password], [autocomplete^=cc-], [autocomplete=one-time-code]")
-            image = await page.screenshot(timeout=5000, mask=[fields])
-            return [await self._keep(f"failure-{self.run.attempt}.png", image, None)]
-        except Exception:  # evidence must not hide the failure that it is about
-            return []
+        image = await self.pages.screenshot()
+        with suppress(OSError):  # evidence must not hide the failure that it is about
+            return [await self._keep(f"failure-{self.run.attempt}.png", image, None)] if image else []
+        return []
 
     async def _keep(self, name: str, content: bytes, key: str | None) -> str:
         path = self._folder() / name
@@ -694,11 +596,11 @@ class Attempt:
             self._held = False
             if not self._gate.is_set():
                 self._gate.set()
-                if self.session:
-                    self._spawn(self.session.resume())
+                if self.pages.session:
+                    self._spawn(self.pages.session.resume())
         elif self._gate.is_set():
             self._gate.clear()
-            if hijack.stopped is None and self.session:
+            if hijack.stopped is None:
                 self._spawn(self._stop_at_action())
 
     def _settle_waits(self) -> None:
@@ -707,16 +609,16 @@ class Attempt:
                 future.set_result(None)
 
     async def _stop_at_action(self) -> None:
-        if self.session:
-            await self.session.request_pause(lambda paused: self._spawn(self._hijacked(paused, None)))
+        if self.pages.session:
+            await self.pages.session.request_pause(lambda paused: self._spawn(self._hijacked(paused, None)))
 
     async def _stop_between_steps(self, step: str | None) -> None:
         """No step runs and none may begin: the code stands still, and needs no pause at an action any more."""
         hijack = self.run.hijack
         if hijack and hijack.stopped is None and not self._busy:
             await self._hijacked(None, step)
-            if self.session:
-                await self.session.resume()
+            if self.pages.session:
+                await self.pages.session.resume()
 
     async def _hijacked(self, paused: PausedAt | None, step: str | None) -> None:
         """Journal that the code stands still, once."""
@@ -803,10 +705,6 @@ class Attempt:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _url(self) -> str | None:
-        page = self.session.pages.get("main") if self.session else None
-        return page.url if page else None
-
     def _encode(self, name: str, shape: Codec, value: Any) -> tuple[str, Any]:
         if type(value).__module__.startswith("playwright."):
             return "null", None
@@ -830,16 +728,6 @@ class Attempt:
     def _refuse_secrets(self, text: str, what: str) -> None:
         for name in self._secrets.held_in(text.encode("utf-8", "replace")):
             raise StepResultError(f"The secret {name!r} is in {what}; it was not journaled.")
-
-
-async def _titles(session: Session) -> dict[str, str]:
-    """The titles of the pages that say theirs at once."""
-    titles = {}
-    for name, page in session.pages.items():
-        with suppress(Exception):  # a page that is closed, blocked or gone has no title to tell
-            async with asyncio.timeout(TITLE_SECONDS):
-                titles[name] = (await page.title())[:_LONGEST_TITLE]
-    return titles
 
 
 def _write_private(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ from mcp_flow import events as ev
 from mcp_flow import presence
 from mcp_flow.attempt import Attempt, Outcome
 from mcp_flow.browser import host as hosts
-from mcp_flow.browser.session import Driver, PageRecord, Session, attach, sweep
+from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, attach, sweep
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import Workflow, workflows_in
 from mcp_flow.errors import BrokenWorkflow, FlowError, IllegalEvent, LeaseLost, WorkerCrashed
@@ -197,8 +197,8 @@ class Worker:
     async def _settle(self, attempt: Attempt, run: Run, epoch: int, outcome: Outcome) -> bool:
         """Tidy up after an attempt; returns False when the next one is to follow at once."""
         if outcome in ("finished", "cancelled"):
-            had_session = attempt.session is not None
-            await attempt.close_pages()
+            had_session = attempt.pages.session is not None
+            await attempt.pages.close()
             if run.pages:
                 if not had_session:
                     await self._close_pages_of(run, epoch)
@@ -233,18 +233,17 @@ class Worker:
             raise BrokenWorkflow(f"{revision.path} no longer has a workflow {run.created.function!r}.")
         return workflow, lambda file, line: source_line(revision, file, line)
 
-    async def _open_session(self, attempt: Attempt) -> Session:
-        run = attempt.run
+    async def _open_session(self, run: Run, on_event: OnEvent, checkpoint: Checkpoint | None) -> Session:
         assert run.created
         host = await hosts.ensure(self._settings, headless=run.created.headless)
         return await Session.open(
             self._driver,
             host,
             known=[PageRecord(name, target_id) for name, target_id in run.pages.items()],
-            checkpoint=await attempt.load_checkpoint(),
+            checkpoint=checkpoint,
             viewport=run.created.viewport or self._settings.viewport,
             folder=private_folder(self._settings.run_folder(run.run_id)),
-            on_event=attempt.on_page_event,
+            on_event=on_event,
         )
 
     async def _close_pages_of(self, run: Run, epoch: int) -> None:
