@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 from pydantic import create_model
 from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -43,8 +43,7 @@ class Decision:
         return self.approved
 
 
-@dataclass(frozen=True, slots=True)
-class StepOptions:
+class StepOptions(NamedTuple):
     """The keywords of `Flow.step`."""
 
     retries: int = 0
