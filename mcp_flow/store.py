@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -506,15 +507,29 @@ class Store:
         """Take up to `limit` runs that want a worker and have no living owner, oldest first; returns ids and epochs."""
         gone = json.dumps(list(dead))
 
-        def body() -> list[tuple[str, int]]:
+        def wanting() -> list[str]:
             rows = self._tx.execute(
                 "SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run WHERE r.wants_worker AND"
                 " (r.owner IS NULL OR r.owner IN (SELECT value FROM json_each(?))) ORDER BY r.run LIMIT ?",
                 (gone, limit),
-            ).fetchall()
+            )
+            return [run_id for (run_id,) in rows.fetchall()]
+
+        # A long journal is folded before the lock is taken; the transaction then reads only what is newer.
+        # One that can't be read must not keep the others from being executed; `verify` says what is wrong with it.
+        unreadable = set()
+        for run_id in await self._read(wanting):
+            try:
+                await self._read(partial(self._tx.fold_now, run_id))
+            except (FlowError, ValueError):
+                unreadable.add(run_id)
+
+        def body() -> list[tuple[str, int]]:
             claimed = []
             event = ev.RunClaimed(worker=worker)
-            for (run_id,) in rows:
+            for run_id in wanting():
+                if run_id in unreadable:
+                    continue
                 epoch = self._tx.fold(run_id)[2].epoch + 1
                 self._tx.append(run_id, [(event, event.encoded())], epoch)
                 claimed.append((run_id, epoch))

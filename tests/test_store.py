@@ -548,6 +548,17 @@ LOSSES = {
 }
 
 
+async def test_a_journal_that_can_not_be_read_does_not_keep_the_others_from_being_claimed(
+    settings: Settings, store: Store
+) -> None:
+    await store.create("bad", created())
+    await store.create("good", created())
+    with raw(settings) as connection:
+        connection.execute("UPDATE events SET type = 'run.teleported' WHERE run = 1")
+    async with Store(settings, "worker") as other:
+        assert await other.claim("w-1", [], 10) == [("good", 1)]
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 async def test_projections_lost_in_the_middle_of_a_run_are_made_anew_and_nobody_notices(
     loss: str, settings: Settings, store: Store, clock: Clock
