@@ -716,7 +716,7 @@ class Attempt:
         return text, live
 
     def _load(self, name: str, shape: Codec, value: Any) -> Any:
-        if shape.adapter is None or value is None:
+        if value is None or shape.keeps(value):
             return value
         try:
             return shape.decode(json.dumps(value))

@@ -236,6 +236,10 @@ class Codec:
         self.adapter = adapter
         self._scalars = _SCALARS if adapter is None else {t for t in _SCALARS if t is annotation}
 
+    def keeps(self, value: Any) -> bool:
+        """Whether `value` is the same in JSON as outside of it, so that there is nothing to decode."""
+        return self.adapter is None or type(value) in self._scalars
+
     def encode(self, value: Any) -> tuple[str, Any]:
         """Compact JSON, and the value as a replay will read it from there.
 

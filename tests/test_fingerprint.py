@@ -295,3 +295,11 @@ def test_a_closure_over_a_name_that_is_not_bound_yet_has_a_fingerprint() -> None
     before = fingerprint.of_call(read, ())
     late = 3
     assert fingerprint.of_call(read, ()) != before
+
+
+def plain(*args: object) -> None: ...
+
+
+@pytest.mark.parametrize("args", [(), (1,), ("a", None, True), (1, "é")])
+def test_a_call_with_plain_values_has_the_fingerprint_of_its_canonical_form(args: tuple[Any, ...]) -> None:
+    assert fingerprint.of_call(plain, args) == fingerprint.of([args])
