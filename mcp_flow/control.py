@@ -23,7 +23,6 @@ from mcp_flow.catalog import Reader
 from mcp_flow.channel import Channel
 from mcp_flow.config import Settings, check_id
 from mcp_flow.errors import (
-    BrokenWorkflow,
     Conflict,
     FlowError,
     InvalidInput,
@@ -345,13 +344,6 @@ class Control:
         if run_id is None:
             raise UnknownRequest(f"There is no request {request_id!r}. list_pending() shows the open ones.")
         return run_id
-
-    async def changed_code(self, run: Run) -> bool:
-        """Whether the workflow's files on disk differ from the revision that the run executes."""
-        with contextlib.suppress(BrokenWorkflow):
-            revision = await self._capture(run)
-            return revision.hash != run.revision
-        return True
 
     async def last_place(self, run: Run) -> dict[str, str]:
         """URL and title of the run's main page when it last stopped, as far as they are known."""

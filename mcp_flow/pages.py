@@ -14,13 +14,13 @@ from mcp_flow import events as ev
 from mcp_flow.browser.session import Checkpoint, Session
 from mcp_flow.errors import FlowError
 from mcp_flow.run import Run
+from mcp_flow.secrets import SECRET_FIELDS
 from mcp_flow.store import Store
 
 TITLE_SECONDS = 1.0
 """How long a stop waits for a page's title."""
 SCREENSHOT_MS = 5000
 _LONGEST_TITLE = 200
-_SECRET_FIELDS = "input[type=password], [autocomplete^=cc-], [autocomplete=one-time-code]"
 
 
 class Pages:
@@ -114,7 +114,9 @@ class Pages:
         if page is None or page.is_closed():
             return None
         with suppress(Exception):  # a page that hangs or is gone has no picture
-            return await page.screenshot(timeout=SCREENSHOT_MS, mask=[page.locator(_SECRET_FIELDS)])
+            return await page.screenshot(
+                timeout=SCREENSHOT_MS, mask=[frame.locator(SECRET_FIELDS) for frame in page.frames]
+            )
         return None
 
     async def detach(self) -> None:

@@ -10,6 +10,15 @@ from pathlib import Path
 
 from mcp_flow.errors import StepError
 
+SECRET_FIELDS = ", ".join(
+    ["input[type=password]"]
+    + [
+        f'{tag}[autocomplete~="{word}" i]'
+        for word in ("cc-number", "cc-csc", "one-time-code", "current-password", "new-password")
+        for tag in ("input", "textarea")
+    ]
+)
+"""The fields of a page whose values nobody is shown, as a CSS selector."""
 _SHORTEST_MASKED = 4
 """Shorter values occur everywhere by chance; masking them would only tell what they are."""
 

@@ -17,18 +17,11 @@ from playwright.async_api import Frame, Page
 from playwright.async_api import TimeoutError as PlaywrightTimeout
 
 from mcp_flow.errors import FlowError, PageGone
+from mcp_flow.secrets import SECRET_FIELDS
 
 T = TypeVar("T")
 
 HIDDEN = "[hidden]"
-SECRET_FIELDS = ", ".join(
-    ["input[type=password]"]
-    + [
-        f'{tag}[autocomplete~="{word}" i]'
-        for word in ("cc-number", "cc-csc", "one-time-code", "current-password", "new-password")
-        for tag in ("input", "textarea")
-    ]
-)
 SHORTEST_REPLACED = 4
 """A shorter secret is hidden only where it stands alone: replaced everywhere, it would wreck the text."""
 

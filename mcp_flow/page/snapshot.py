@@ -17,7 +17,6 @@ from playwright.async_api import Page
 from mcp_flow.errors import InvalidInput
 from mcp_flow.page.guard import (
     HIDDEN,
-    SECRET_FIELDS,
     SHORTEST_REPLACED,
     Secrets,
     aside,
@@ -28,6 +27,7 @@ from mcp_flow.page.guard import (
     shortened,
     shown_url,
 )
+from mcp_flow.secrets import SECRET_FIELDS
 
 MIN_CHARS = 500
 SECONDS = 10.0
