@@ -47,9 +47,9 @@ class TimedStore(Store):
 
     claim_began = claim_ended = loaded = 0.0
 
-    async def claim(self, worker: str, dead: Iterable[str], limit: int) -> list[tuple[str, int]]:
+    async def claim(self, *given: Any, **more: Any) -> list[tuple[str, int]]:
         began = time.perf_counter()
-        claimed = await super().claim(worker, dead, limit)
+        claimed = await super().claim(*given, **more)
         if claimed:
             self.claim_began, self.claim_ended, self.loaded = self.claim_began or began, time.perf_counter(), 0.0
         return claimed

@@ -1,6 +1,6 @@
 """`make bench`: what mcp-flow costs on this machine, with the machine's own floor beside it, measured in the same run.
 
-    bench/run.py [--quick] [--profile NAME] [--folder DIR] [steps|replay|concurrent|initialize|page …]
+    bench/run.py [--quick] [--profile NAME] [--folder DIR] [NAME …]
 
 Times are medians over rounds in which measurement and floor take turns. It exits with 0 whatever it finds: a
 benchmark is no test.
@@ -21,6 +21,7 @@ from typing import Any
 
 import journal
 import processes
+import survival
 from journal import Row
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +32,11 @@ BENCHMARKS = {
     "concurrent": journal.bench_concurrent,
     "initialize": processes.bench_initialize,
     "page": processes.bench_page,
+    "death": survival.bench_death,
+    "waking": survival.bench_waking,
+    "waits": survival.bench_waits,
+    "commands": survival.bench_commands,
+    "checkpoints": survival.bench_checkpoints,
 }
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mcp_flow.definition import Workflow, workflow
     from mcp_flow.errors import Denied, FlowError, Retriable
     from mcp_flow.flow import Decision, Flow
+    from mcp_flow.library import RunResult, fork_run, run_workflow
 
 __version__ = "0.1.0"
 
@@ -21,11 +22,17 @@ _HOME = {
     "Flow": "mcp_flow.flow",
     "FlowError": "mcp_flow.errors",
     "Retriable": "mcp_flow.errors",
+    "RunResult": "mcp_flow.library",
     "Workflow": "mcp_flow.definition",
+    "fork_run": "mcp_flow.library",
+    "run_workflow": "mcp_flow.library",
     "workflow": "mcp_flow.definition",
 }
 
-__all__ = ["Decision", "Denied", "Flow", "FlowError", "Retriable", "Workflow", "workflow"]
+__all__ = [
+    "Decision", "Denied", "Flow", "FlowError", "Retriable", "RunResult", "Workflow", "fork_run", "run_workflow",
+    "workflow",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from mcp_flow.control import Control
 from mcp_flow.errors import FlowError, PageGone
 from mcp_flow.run import Run
 from mcp_flow.store import Store
+from mcp_flow.views import RunView, show_run
 
 if TYPE_CHECKING:
     from playwright.async_api import Page
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 AWAKE_EVERY = 1.0
 """Seconds between two looks for work that no worker has."""
+SOONEST = 0.01
 
 
 class App:
@@ -74,6 +76,21 @@ class App:
             return
         raise gone
 
+    async def view(self, run: Run) -> RunView:
+        """A run as every surface shows it, without its steps and events."""
+        return show_run(
+            run,
+            status=self.status(run),
+            folder=str(self.settings.run_folder(run.run_id)),
+            place=await self.control.last_place(run),
+            browser_lives=not run.pages or self.control.browser_lives(run),
+            edits=await self.control.edits(run),
+        )
+
+    def status(self, run: Run) -> str:
+        """The run's status, or `interrupted`."""
+        return "interrupted" if self.control.interrupted(run.status, run.owner) else run.status
+
     async def close(self) -> None:
         """End the Playwright driver, if one was needed."""
         if self._driver:
@@ -102,9 +119,14 @@ async def open_app(settings: Settings, role: str, *, keep_awake: bool = False) -
 
 async def _keep_awake(app: App, bell: presence.Doorbell) -> None:
     while True:
+        due: float | None = None
+        bell.watch(app.settings)
+        deaths = bell.deaths
         try:
-            await app.control.keep_awake()
+            due = await app.control.keep_awake()
         except FlowError:
             # The next call of a tool meets the same condition and reports it to somebody who can act on it.
             await anyio.sleep(AWAKE_EVERY)
-        await bell.next_ring(AWAKE_EVERY)
+        # Other rings may be missed meanwhile: they are for the runs of somebody who lives.
+        if bell.deaths == deaths:
+            await bell.next_ring(AWAKE_EVERY if due is None else min(AWAKE_EVERY, max(due, SOONEST)))

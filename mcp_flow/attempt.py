@@ -13,7 +13,7 @@ import os
 import secrets as tokens
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import anyio
 
 from mcp_flow import events as ev
 from mcp_flow import fingerprint, replay, scope
-from mcp_flow.browser.session import Checkpoint, OnEvent, PausedAt, Session
+from mcp_flow.browser.session import BROWSER_ENDED, Checkpoint, OnEvent, PausedAt, Session, is_popup
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import MISSING, Codec, Workflow, annotation_of, codec
 from mcp_flow.errors import (
@@ -51,6 +51,8 @@ START_DELAY = 0.05
 """Within which the start of a plain step is written, unless its end comes first."""
 SETTLE = 0.05
 """How long nothing may happen before several branches count as waiting."""
+DOWNLOAD_SECONDS = 1.0
+"""How long a wait is put off for downloads under way, so that whoever looks finds them."""
 
 
 class Attempt:
@@ -66,18 +68,28 @@ class Attempt:
         source_line: Callable[[str, int], str | None],
         open_session: OpenSession,
         announce: Callable[[str], None],
+        lease_is_fresh: Callable[[float], bool],
+        slots: AbstractAsyncContextManager[Any] | None,
     ) -> None:
         self.settings = settings
         self.store = store
         self.run = run
-        self.pages = Pages(store, run, self._append, partial(open_session, run, self._on_page_event), self._attached)
+        self.pages = Pages(
+            store, run, self._append, partial(open_session, run, self._on_page_event), self._attached, epoch
+        )
         self.number = run.attempt + 1
         self.finishing = False
         self.suspending: asyncio.Task[None] | None = None
+        self.waiting_since: float | None = None
         self._epoch = epoch
         self._workflow = workflow
         self._source_line = source_line
         self._announce = announce
+        self._lease_is_fresh = lease_is_fresh
+        self._ours_since = time.monotonic()
+        self._slots = slots or nullcontext()
+        self._reached: set[str] = set()
+        self._changed: list[str] = []
         self._secrets = Secrets(settings.home)
         self._root: asyncio.Task[Any] | None = None
         self._gate = asyncio.Event()
@@ -91,6 +103,7 @@ class Attempt:
         self._starts: dict[str, Start] = {}
         self._starts_timer: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[Any]] = set()
+        self._observing: set[asyncio.Task[None]] = set()
         self._held = False
         self._given_up = asyncio.Event()
         self._quiet = asyncio.Event()
@@ -122,6 +135,8 @@ class Attempt:
             await self._finish(await self._root)
             return "finished"
         except BaseException as error:  # the boundary to the author's code: it may raise anything
+            if not self._closed and (what := await self.pages.lost(error)) and not self._closed:
+                await self.suspend(0, lost=what)
             return await self._end_with(error)
         finally:
             self._closed = True
@@ -130,16 +145,19 @@ class Attempt:
     async def _end_with(self, error: BaseException) -> Outcome:
         """Journal the error that ended the function, unless the run was ended or lost meanwhile."""
         await self.store.run(self.run.run_id)
-        if self.run.ended:
-            return "cancelled"
-        if isinstance(error, LeaseLost):
+        if isinstance(error, LeaseLost) and not self.run.ended:
             return "lost"
-        try:
-            await self._fail(error)
-        except (LeaseLost, IllegalEvent):
-            await self.store.run(self.run.run_id)
-            return "cancelled" if self.run.ended else "lost"
-        return "failed"
+        if not self._closed and not self.run.ended:
+            try:
+                await self._fail(error)
+                return "failed"
+            except (LeaseLost, IllegalEvent):
+                await self.store.run(self.run.run_id)
+        if self._closed:
+            # Somebody ends the attempt, perhaps because its pages are lost, and what follows has to wait for that.
+            await self._given_up.wait()
+            return "cancelled" if self.run.ended else "suspended"
+        return "cancelled" if self.run.ended else "lost"
 
     async def _call(self) -> Any:
         assert self.run.created
@@ -155,35 +173,54 @@ class Attempt:
         self._refuse_secrets(json.dumps(output), "the workflow's output")
 
         def plan(run: Run) -> list[ev.Event]:
-            return [*self._withdrawals(run, "the run finished"), ev.RunFinished(output=output)]
+            compared = self._compared(run, ended=True)
+            return [*self._withdrawals(run, "the run finished"), *compared, ev.RunFinished(output=output)]
 
+        await self._settle_pages(self.settings.grace)
         self.finishing = True
         await self._decide(plan)
 
     async def _fail(self, error: BaseException) -> None:
         failure = describe(error, None, self._source_line, self._secrets.mask)
+        await self._settle_pages(self.settings.grace)
         artifacts = await self._keep_evidence()
         failure = failure.model_copy(update={"artifacts": artifacts})
         await self.pages.checkpoint()
-        await self._append(ev.RunFailed(error=failure))
+        await self._append(*self._compared(self.run), ev.RunFailed(error=failure))
 
-    async def suspend(self, grace: float) -> None:
-        """Stop the attempt where it is: no new step begins, one in flight may end within `grace` seconds."""
+    async def suspend(self, grace: float, *, lost: str | None = None) -> None:
+        """Stop the attempt where it is: no new step begins, one in flight may end within `grace` seconds.
+
+        With `lost` its pages are gone, which is journaled, and what is left of them is closed.
+        """
         self._closed = True
         self._gate.set()
         try:
             # A step that is held at an action does not end by waiting for it.
             with anyio.move_on_after(0 if self._held else grace):
                 await self._quiet.wait()
-            if not self.run.ended:
-                await self.pages.checkpoint()
+            if not self.run.ended and not lost:
+                await self.pages.checkpoint(amid_steps=bool(self._busy))
             if self._root and not self._root.done():
                 self._root.cancel("suspended")
                 await asyncio.wait([self._root], timeout=5)
+            if not self.run.ended and not lost:
+                # After the cancellation: a step must not end well because its question was dismissed.
+                await self._settle_pages(grace)
+            if lost:
+                with suppress(LeaseLost, IllegalEvent):
+                    await self._append(ev.PageLost(what=lost))
+                await self.pages.close()
             if not self.run.ended:
                 await self.detach()
         finally:
             self._given_up.set()
+
+    def _lose(self, what: str) -> None:
+        """End the attempt, because its pages are gone: the next one rebuilds them."""
+        if not self._closed:
+            self._closed = True
+            self.suspending = asyncio.create_task(self.suspend(self.settings.grace, lost=what))
 
     async def detach(self) -> None:
         """Close the attempt's browser connection: code that ignored its cancellation reaches no page any more."""
@@ -200,8 +237,11 @@ class Attempt:
         key = self._key(name)
         digest = fingerprint.of_call(fn, args)
         shape = codec(annotation_of(fn))
+        self._reached.add(key)
         match replay.reach_step(self.run, key, digest, once=options.once):
             case replay.Reuse(step, deviates):
+                if step.code and step.code != fingerprint.of_code(fn):
+                    self._changed.append(key)
                 if deviates:
                     await self._append(ev.StepNondeterministic(key=key, fingerprint=digest))
                 if self.pages.rebuilding:
@@ -230,7 +270,7 @@ class Attempt:
         args: tuple[Any, ...],
         options: StepOptions,
     ) -> Any:
-        number = 0
+        number, code = 0, fingerprint.of_code(fn)
         while True:
             number += 1
             started = ev.StepStarted(
@@ -240,10 +280,12 @@ class Attempt:
                 number=number,
                 once=options.once,
                 restore=options.restore,
-                url=self.pages.url if options.restore else None,
+                url=self._moved_to(),
+                code=code,
             )
             try:
-                return await self._try_step(name, started, shape, fn, args, options)
+                async with self._slots:
+                    return await self._try_step(name, started, shape, fn, args, options)
             except TryFailed as failed:
                 error, wait = failed.error, failed.retry_in
             if wait is not None:
@@ -285,11 +327,16 @@ class Attempt:
             text, live = self._encode(name, shape, value)
             ms = round((time.perf_counter() - clock) * 1000, 3)
             finished = ev.StepFinished(key=key, generation=generation, value=json.loads(text), ms=ms)
-            await self._append(*start.unwritten(), finished)
+            await self._append(*start.unwritten(), finished, places=self.pages.moved())
+            self.pages.keep_soon()
             return live
         except (LeaseLost, IllegalEvent):
             raise
         except Exception as error:
+            if what := await self.pages.lost(error):
+                # No end of the step is journaled: it did not fail, it was interrupted.
+                self._lose(what)
+                raise asyncio.CancelledError("the page was lost") from error
             effect_free = isinstance(error, Retriable)
             again = started.number <= options.retries and (not options.once or effect_free)
             retry_in = seconds_before_next(options.backoff, started.number) if again else None
@@ -309,6 +356,11 @@ class Attempt:
             self._starts.pop(key, None)
             self._end(key)
 
+    def _moved_to(self) -> str | None:
+        """Where the main page is, unless the journal knows; one that holds a secret is not journaled."""
+        url = self.pages.url
+        return None if url == self.run.url or (url and self._secrets.held_in(url.encode())) else url
+
     async def _ask_doubt(self, name: str, key: str, digest: str, why: str, shape: Codec) -> tuple[bool, Any]:
         """Let somebody look; returns whether the step counts as done, and its value then."""
         prompt = (
@@ -319,7 +371,10 @@ class Attempt:
         finished = step is not None and step.status == "finished"
         # A key of its own: asking anew moves a key to its next generation, and in that the step would just run.
         terms = f"{generation}:{digest}" if finished else f"{generation}"
-        settled = await self._wait_for(f"{key}?", "in-doubt", prompt, terms, schema=shape.schema, data=why)
+        known = step.value if finished and step else MISSING
+        settled = await self._wait_for(
+            f"{key}?", "in-doubt", prompt, terms, schema=shape.schema, data=why, default=known
+        )
         answer = settled.value
         if answer["step"] == "again":
             await self._append(ev.StepReset(key=key, generation=generation + 1, reason="somebody looked: again"))
@@ -330,7 +385,8 @@ class Attempt:
         if finished:
             generation += 1
             moves.append(ev.StepReset(key=key, generation=generation, reason="somebody looked: done"))
-            moves.append(ev.StepStarted(key=key, fingerprint=digest, generation=generation, once=True))
+            code = step.code if step else ""
+            moves.append(ev.StepStarted(key=key, fingerprint=digest, generation=generation, once=True, code=code))
         await self._append(*moves, ev.StepFinished(key=key, generation=generation, value=json.loads(text)))
         return True, live
 
@@ -357,6 +413,7 @@ class Attempt:
         await self._enter(f"the wait {prompt!r}", name)
         self._refuse_secrets(json.dumps([prompt, data]), f"the request {name!r}")
         key = self._key(name)
+        self._reached.add(key)
         while True:
             settled = await self._wait_for(
                 key, kind, prompt, terms, schema=schema, data=data, by=by, default=default, expires=expires
@@ -387,7 +444,9 @@ class Attempt:
         if isinstance(reached, replay.Settled):
             return reached.request
         await self.pages.end_restoring()
-        await self.pages.checkpoint()
+        if self._alone():
+            await self._settle_pages(DOWNLOAD_SECONDS)
+        await self.pages.checkpoint(amid_steps=bool(self._busy))
         alone = self._alone()  # asked here, because the plan runs in the store's thread
 
         def plan(run: Run) -> list[ev.Event]:
@@ -421,7 +480,7 @@ class Attempt:
             if alone:
                 held = {*self._waits, waiting_for}
                 moves += self._withdrawals(run, "no longer asked", but=held, dealt=moves)
-                moves += [] if run.idle and not moves else [ev.AttemptIdled()]
+                moves += [] if run.idle and not moves else [*self._compared(run), ev.AttemptIdled()]
             return moves
 
         await self._decide(plan)
@@ -464,6 +523,21 @@ class Attempt:
             if request.opened.request_id not in gone
         ]
 
+    def _compared(self, run: Run, *, ended: bool = False) -> list[ev.Event]:
+        """What the replay found, where that is news: steps whose code was edited, and steps that it never reached.
+
+        Until the function has returned, a step counts as not reached only if one that first began later was.
+        """
+        if self.number == 1 and not run.is_fork:
+            return []
+        began = {key: step.first_seq for key, step in run.steps.items() if step.status == "finished"}
+        last = max((began[key] for key in self._reached & began.keys()), default=0)
+        unused = [key for key, seq in began.items() if key not in self._reached and (ended or seq < last)]
+        found = tuple(self._changed), tuple(unused)
+        if found == (run.changed_steps, run.unused_steps):
+            return []
+        return [ev.AttemptCompared(changed_steps=list(found[0]), unused_steps=list(found[1]))]
+
     def _alone(self) -> bool:
         """Whether the calling task is the only branch there is, as far as `Flow` was used."""
         self._tasks = {task for task in self._tasks if not task.done()}
@@ -490,8 +564,10 @@ class Attempt:
             open_ids = {request.opened.request_id for request in run.open_requests()}
             if run.idle or self._busy or not open_ids & set(self._waits):
                 return []
-            return [*self._withdrawals(run, "no longer asked", but=set(self._waits)), ev.AttemptIdled()]
+            gone = self._withdrawals(run, "no longer asked", but=set(self._waits))
+            return [*gone, *self._compared(run), ev.AttemptIdled()]
 
+        await self._settle_pages(DOWNLOAD_SECONDS)
         with suppress(LeaseLost, IllegalEvent):
             await self._decide(plan)
         self._announce(self.run.run_id)
@@ -502,6 +578,7 @@ class Attempt:
         """A value fixed once for all attempts."""
         await self._enter(f"flow.{name}", name)
         key = self._key(name)
+        self._reached.add(key)
         step = self.run.steps.get(key)
         if step and step.status == "finished":
             return step.value
@@ -556,18 +633,55 @@ class Attempt:
             self._spawn(self._stop_at_action())
 
     def _on_page_event(self, what: str, details: dict[str, Any]) -> None:
-        """Journal what the browser did by itself."""
-        if self._closed:
+        """Journal what the browser did by itself, and end the attempt where that took its pages."""
+        if self._closed and what not in ("dialog", "download"):
             return
         name = details.get("name")
-        if what in ("page-closed", "page-crashed") and name is not None:
-            self._spawn(self._observe(ev.PageClosed(name=name)))
         shown = {word: self._secrets.mask(str(value))[:LONGEST_MESSAGE] for word, value in details.items() if value}
-        self._spawn(self._observe(ev.PageObserved(what=what, details=shown)))
+        observed = ev.PageObserved(what=what, details=shown)
+        match what:
+            case "popup":
+                opened = ev.PageOpened(name=details["name"], target_id=details["target_id"])
+                noting = self._observe(opened, observed, epoch=self._epoch)
+            case "page-closed" | "page-crashed" if name is not None:
+                noting = self._observe(ev.PageClosed(name=name), observed)
+            case "download" if "path" in details:
+                noting = self._keep_download(Path(details["path"]), observed)
+            case _:
+                noting = self._observe(observed)
+        task = asyncio.create_task(noting)
+        self._observing.add(task)
+        task.add_done_callback(self._observing.discard)
+        if what == "browser-gone":
+            self._lose(BROWSER_ENDED)
+        elif what == "page-crashed" and name is not None:
+            self._lose(f"the page {name!r} crashed")
+        elif what == "page-closed" and name is not None and not is_popup(name) and self.run.idle:
+            # The code stands still, so it was somebody else; closed by the workflow itself it stays closed, and a
+            # popup that closes has done its work.
+            self._spawn(self._lose_closed(f"the page {name!r} was closed while the run waited"))
 
-    async def _observe(self, event: ev.Event) -> None:
+    async def _lose_closed(self, what: str) -> None:
+        # Where the browser ends, its pages close a moment before that is known.
+        gone = await self.pages.session.lost() if self.pages.session else None
+        self._lose(gone or what)
+
+    async def _settle_pages(self, seconds: float) -> None:
+        """Before a stop: what the browser did by itself is brought to its end, and is in the journal."""
+        await self.pages.settle(seconds)
+        if self._observing:
+            await asyncio.wait(self._observing)
+
+    async def _keep_download(self, path: Path, observed: ev.PageObserved) -> None:
+        with suppress(OSError):  # whoever has removed it does not want it listed
+            content = await anyio.to_thread.run_sync(path.read_bytes)
+            digest = hashlib.sha256(content).hexdigest()
+            file = path.relative_to(self._folder()).as_posix()
+            await self._observe(observed, ev.ArtifactKept(file=file, size=len(content), sha256=digest))
+
+    async def _observe(self, *events: ev.Event, epoch: int | None = None) -> None:
         with suppress(FlowError):  # the run may have ended meanwhile
-            await self.store.append(self.run.run_id, event)
+            await self.store.append(self.run.run_id, *events, epoch=epoch)
 
     async def _keep_evidence(self) -> list[str]:
         """A screenshot of the page at the moment of a failure, as far as there is a page."""
@@ -645,6 +759,8 @@ class Attempt:
         if task is not None:
             self._tasks.add(task)
         self._touch()
+        if not self._lease_is_fresh(self._ours_since):
+            await self._see_that_it_is_ours()
         if self.run.hijack and self._gate.is_set():
             self.refresh()  # the journal knew of it before the doorbell rang
         while not self._gate.is_set():
@@ -653,6 +769,14 @@ class Attempt:
             await self._gate.wait()
             if self._closed:
                 raise asyncio.CancelledError("the attempt is over")
+
+    async def _see_that_it_is_ours(self) -> None:
+        """After a standstill another worker may have the run: nothing may be done before the journal has been asked."""
+        asked = time.monotonic()
+        run = await self.store.run(self.run.run_id)
+        if run.epoch != self._epoch or run.owner is None:
+            raise LeaseLost(f"Run {run.run_id} was taken over while this process stood still.")
+        self._ours_since = asked
 
     def _key(self, name: str) -> str:
         try:
@@ -690,8 +814,8 @@ class Attempt:
     def _touch(self) -> None:
         self._activity += 1
 
-    async def _append(self, *events: ev.Event) -> None:
-        await self.store.append(self.run.run_id, *events, epoch=self._epoch)
+    async def _append(self, *events: ev.Event, places: str | None = None) -> None:
+        await self.store.append(self.run.run_id, *events, epoch=self._epoch, places=places)
 
     def append_soon(self, event: ev.Event) -> None:
         """Queue an event without waiting for it."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mcp_flow.app import App
     from mcp_flow.channel import Channel
     from mcp_flow.config import Settings
+    from mcp_flow.library import RunResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -193,13 +194,11 @@ def runs(settings: Settings, status: tuple[str, ...], limit: int) -> None:
 @_with_settings
 def show(settings: Settings, run_id: str, with_events: bool) -> None:
     """Show a run as JSON."""
-    from mcp_flow.views import show_events, show_run, show_steps
+    from mcp_flow.views import show_events, show_steps
 
     async def work(app: App) -> dict[str, Any]:
         run = await app.control.run(run_id)
-        word = "interrupted" if app.control.interrupted(run.status, run.owner) else run.status
-        folder = str(settings.run_folder(run_id))
-        view: dict[str, Any] = dict(show_run(run, status=word, folder=folder, place=await app.control.last_place(run)))
+        view: dict[str, Any] = dict(await app.view(run))
         view["steps"] = show_steps(run)
         if with_events:
             view["events"] = show_events(await app.control.events(run_id, 0, -1))
@@ -253,6 +252,57 @@ def cancel(settings: Settings, run_id: str, reason: str) -> None:
     click.echo(f"Run {run_id} is cancelled.")
 
 
+@main.command()
+@click.argument("workflow")
+@click.option("--input", "input_json", default="{}", show_default=True, help="The input as JSON.")
+@click.option("--id", "run_id", help="The run's id; one that is there already goes on with --resume.")
+@click.option("--resume", is_flag=True, help="Let the run of this id go on.")
+@click.option("--headed", is_flag=True, help="With a window.")
+@_with_settings
+def run(settings: Settings, workflow: str, input_json: str, run_id: str | None, resume: bool, headed: bool) -> None:
+    """Execute WORKFLOW in this process, until it ends or somebody is needed."""
+    import anyio
+
+    from mcp_flow.library import run_workflow
+
+    async def work() -> None:
+        result: RunResult[Any] = await run_workflow(
+            workflow,
+            input=_json(input_json),
+            run_id=run_id,
+            resume=resume,
+            headless=not headed,
+            settings=settings,
+        )
+        view = {
+            "run_id": result.run_id,
+            "status": result.status,
+            "output": result.output,
+            "error": result.error and result.error.model_dump(exclude_defaults=True),
+            "pending": result.pending or None,
+        }
+        shown = {name: value for name, value in view.items() if value is not None}
+        click.echo(json.dumps(shown, indent=2, ensure_ascii=False, default=str))
+        if result.status == "failed":
+            sys.exit(1)
+
+    anyio.run(work)
+
+
+@main.command()
+@click.argument("run_id")
+@click.argument("from_step")
+@click.option("--id", "new_id", help="The id of the new run.")
+@_with_settings
+def fork(settings: Settings, run_id: str, from_step: str, new_id: str | None) -> None:
+    """Start a run that shares what finished in RUN_ID before FROM_STEP."""
+
+    async def work(app: App) -> str:
+        return await app.control.fork(run_id, from_step, new_id)
+
+    click.echo(f"Started run {_run(settings, work)}.")
+
+
 # --- the journal ---
 
 
@@ -292,6 +342,15 @@ def _person() -> Channel:
 
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     return Channel(by=getpass.getuser(), via="terminal" if at_terminal else "command", human=at_terminal)
+
+
+def _json(text: str) -> Any:
+    from mcp_flow.errors import InvalidInput
+
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"--input is no JSON: {error}.") from error
 
 
 def _value(text: str | None) -> Any:

@@ -43,6 +43,10 @@ class Settings:
     """How long a worker's event loop may be blocked before the worker is killed."""
     grace: float = 10.0
     """How long a step in flight may take to end when its attempt is suspended."""
+    hold: float = 1800.0
+    """How long a run that waits keeps its page."""
+    take_up: bool = True
+    """Whether runs whose owner has died are taken up by themselves; `resume` does it otherwise."""
 
     @property
     def database(self) -> Path:
@@ -148,6 +152,8 @@ def _parse(name: str, value: Any, source: str) -> Any:
             return value
         case "browser":
             return str(value)
+        case "take_up":
+            return _as_bool(value, source)
         case _:
             try:
                 number = float(value)
@@ -156,6 +162,13 @@ def _parse(name: str, value: Any, source: str) -> Any:
             if not 0 < number < 1e9:
                 raise InvalidInput(f"{source}: {value!r} is no usable number of seconds.")
             return number
+
+
+def _as_bool(value: Any, source: str) -> bool:
+    words = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+    if str(value).lower() not in words:
+        raise InvalidInput(f"{source}: {value!r} is neither on nor off.")
+    return words[str(value).lower()]
 
 
 def _as_text(value: Any) -> str:

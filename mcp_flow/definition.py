@@ -126,6 +126,11 @@ class Workflow(Generic[P, R]):
             ) from error
         return codec.adapter.dump_python(value, mode="json", by_alias=True, warnings=False)
 
+    def load_output(self, value: Any) -> R:
+        """A journaled output as the type that the function is annotated with."""
+        output: R = self._output.load(value)
+        return output
+
     @cached_property
     def _input(self) -> _Input:
         parameters = list(inspect.signature(self.fn).parameters.values())[1:]

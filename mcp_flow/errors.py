@@ -37,6 +37,10 @@ class BrokenWorkflow(FlowError):
     """A workflow file can't be imported; the message holds its error with file and line."""
 
 
+class CodeChanged(FlowError):
+    """The workflow's code is not what the run was executed with, and the caller asked not to accept that."""
+
+
 class UnknownRequest(FlowError):
     """No request has this id, or it is not this run's."""
 

@@ -64,6 +64,8 @@ class RunCreated(Event):
     input: dict[str, Any] = {}
     headless: bool = True
     viewport: tuple[int, int] | None = None
+    forked_from: str | None = None
+    fork_step: str | None = None
 
 
 class RunClaimed(Event):
@@ -80,6 +82,19 @@ class RunReleased(Event):
     reason: str
 
 
+class RunOrphaned(Event):
+    """The owner was found to be gone; somebody else may have the run."""
+
+    type: ClassVar[str] = "run.orphaned"
+    owner: str
+
+
+class RunParked(Event):
+    """A run that had waited for its hold gave up its page and its owner; a checkpoint rebuilds the page."""
+
+    type: ClassVar[str] = "run.parked"
+
+
 class AttemptStarted(Event):
     """The workflow's function was entered from its top."""
 
@@ -92,6 +107,14 @@ class AttemptIdled(Event):
     """Every branch of the attempt waits for an open request."""
 
     type: ClassVar[str] = "attempt.idled"
+
+
+class AttemptCompared(Event):
+    """What an attempt found when it replayed: finished steps whose function reads differently now, or never reached."""
+
+    type: ClassVar[str] = "attempt.compared"
+    changed_steps: list[str] = []
+    unused_steps: list[str] = []
 
 
 class RunResumed(Event):
@@ -135,7 +158,10 @@ class OfStep(Event):
 
 
 class StepStarted(OfStep):
-    """A try of a step began; `url` is where the run's page was, for steps that restore it."""
+    """A try of a step began; `url` is where the run's page was, if it was elsewhere when the step before began.
+
+    `code` is the hash of the function's own code, which says later whether that was edited.
+    """
 
     type: ClassVar[str] = "step.started"
     fingerprint: str
@@ -143,6 +169,7 @@ class StepStarted(OfStep):
     once: bool = False
     restore: bool = False
     url: str | None = None
+    code: str = ""
 
 
 class StepFinished(OfStep):
@@ -171,11 +198,31 @@ class StepReset(OfStep):
     reason: str
 
 
+class StepDoubted(OfStep):
+    """A finished `once` step is not to be taken for done without someone looking: what came before it is redone."""
+
+    type: ClassVar[str] = "step.doubted"
+    reason: str
+
+
 class StepNondeterministic(OfStep):
     """A finished step was reached with other arguments although nothing had changed; its result stands."""
 
     type: ClassVar[str] = "step.nondeterministic"
     fingerprint: str
+
+
+class StepShared(OfStep):
+    """A finished step, or a fixed value, of the run that this one was forked from."""
+
+    type: ClassVar[str] = "step.shared"
+    fingerprint: str = ""
+    value: Any = None
+    once: bool = False
+    restore: bool = False
+    url: str | None = None
+    code: str = ""
+    revision: str = ""
 
 
 class ValueRecorded(Event):
@@ -233,6 +280,18 @@ class RequestWithdrawn(Event):
     reason: str
 
 
+class RequestShared(Event):
+    """A settled request of the run that this one was forked from; `key` is its step's."""
+
+    type: ClassVar[str] = "request.shared"
+    opened: RequestOpened
+    expired: bool = False
+    value: Any = None
+    note: str | None = None
+    by: str | None = None
+    via: str | None = None
+
+
 # --- the page and those who take it ---
 
 
@@ -256,6 +315,13 @@ class PageClosed(Event):
 
     type: ClassVar[str] = "page.closed"
     name: str | None = None
+
+
+class PageLost(Event):
+    """The pages were lost while the attempt had them, and with them the attempt; the next one rebuilds them."""
+
+    type: ClassVar[str] = "page.lost"
+    what: str
 
 
 class PageObserved(Event):
@@ -344,11 +410,11 @@ class WorkerBlocked(Event):
 TYPES: dict[str, type[Event]] = {
     cls.type: cls
     for cls in (
-        RunCreated, RunClaimed, RunReleased, AttemptStarted, AttemptIdled, RunResumed, RunFailed, RunFinished,
-        RunCancelled, StepStarted, StepFinished, StepFailed, StepReset, StepNondeterministic, ValueRecorded,
-        RequestOpened, RequestAnswered, RequestExpired, RequestWithdrawn, PageOpened, PageAttached, PageClosed,
-        PageObserved, PageEvaluated, HijackRequested, RunHijacked, HijackReleased, Logged, ProgressReported,
-        ArtifactKept, WorkerBlocked,
+        RunCreated, RunClaimed, RunReleased, RunOrphaned, RunParked, AttemptStarted, AttemptIdled, AttemptCompared,
+        RunResumed, RunFailed, RunFinished, RunCancelled, StepStarted, StepFinished, StepFailed, StepReset, StepDoubted,
+        StepShared, StepNondeterministic, ValueRecorded, RequestOpened, RequestAnswered, RequestExpired,
+        RequestWithdrawn, RequestShared, PageOpened, PageAttached, PageClosed, PageLost, PageObserved, PageEvaluated,
+        HijackRequested, RunHijacked, HijackReleased, Logged, ProgressReported, ArtifactKept, WorkerBlocked,
     )
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from pathlib import PurePath
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 from uuid import UUID
 
@@ -44,6 +44,34 @@ def of_call(fn: Callable[..., Any], args: tuple[Any, ...]) -> str:
     if code is not None and (code.co_name == "<lambda>" or "<locals>" in getattr(fn, "__qualname__", "")):
         parts.append([getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)])
     return of(parts)
+
+
+def of_code(fn: Callable[..., Any]) -> str:
+    """The hash of a function's own code, whatever file and line it stands in; empty where it is not the author's."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    code = getattr(fn, "__code__", None)
+    if code is None or (getattr(fn, "__module__", None) or "").startswith("playwright."):
+        return ""
+    return _of_code(code)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_code(code: CodeType) -> str:
+    return hashlib.sha256(repr(_code(code)).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
+
+def _code(value: Any) -> Any:
+    """What a function is made of, without the places where it stands."""
+    match value:
+        case CodeType():
+            return (value.co_code, value.co_names, value.co_varnames, [_code(const) for const in value.co_consts])
+        case frozenset():  # in an order that does not depend on the process
+            return sorted(repr(_code(item)) for item in value)
+        case tuple():
+            return [_code(item) for item in value]
+        case _:
+            return value
 
 
 def of(value: Any) -> str:

@@ -62,6 +62,11 @@ def is_alive(settings: Settings, worker: str) -> bool:
     return False
 
 
+def is_library(worker: str) -> bool:
+    """Whether this is the id of a process that executes runs for its own program, and is not to be killed."""
+    return worker.startswith("lib-")
+
+
 def living(settings: Settings) -> set[str]:
     """The workers whose processes live; library processes, whose ids begin with `lib-`, included."""
     names = {path.stem for path in (settings.home / "workers").glob("*.lock")}
@@ -94,7 +99,7 @@ def ensure_worker(settings: Settings) -> None:
     Raises `FlowError` when the worker dies at its start, with the end of its log.
     """
     with changing_of_the_guard(settings):
-        if any(not worker.startswith("lib-") for worker in living(settings)):
+        if any(not is_library(worker) for worker in living(settings)):
             return
         log = private_folder(settings.home / "logs") / "worker.log"
         before = log.stat().st_size if log.exists() else 0
@@ -130,7 +135,7 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
 
 def stop_workers(settings: Settings) -> int:
     """End the detached workers, giving each time to release its runs (call in a thread); returns how many."""
-    stopped = {worker for worker in living(settings) if not worker.startswith("lib-")}
+    stopped = {worker for worker in living(settings) if not is_library(worker)}
     deadline = time.monotonic() + settings.grace + STOP_SECONDS
     told: set[str] = set()
     while alive := {worker for worker in stopped if is_alive(settings, worker)}:
@@ -155,6 +160,9 @@ class Doorbell:
         self._socket.bind(str(self._path))
         self._path.chmod(0o600)
         self.rings = 0
+        self.deaths = 0
+        """How many of the workers that are watched have died."""
+        self._watched: dict[str, int] = {}
         self._rung: set[str] = set()
         self._waiters: set[asyncio.Future[None]] = set()
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._read)
@@ -187,12 +195,41 @@ class Doorbell:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def watch(self, settings: Settings) -> None:
+        """Ring when one of the workers that live now dies, as far as the system tells of that; polls see the rest."""
+        if sys.platform != "linux":
+            return
+        for path in (settings.home / "workers").glob("*.lock"):
+            worker = path.stem
+            if worker in self._watched:
+                continue
+            with contextlib.suppress(OSError, ValueError):  # it is just coming or going
+                watched = os.pidfd_open(int(path.read_text()))
+                # Asked afterwards: as long as the lock is held, the number is that of its holder.
+                if not is_alive(settings, worker):
+                    os.close(watched)
+                    continue
+                self._watched[worker] = watched
+                asyncio.get_running_loop().add_reader(watched, self._note_death, worker)
+
     def close(self) -> None:
         """Take the bell down."""
+        for worker in list(self._watched):
+            self._forget(worker)
         asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close()
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
+
+    def _note_death(self, worker: str) -> None:
+        self._forget(worker)
+        self.deaths += 1
+        self.ring("")
+
+    def _forget(self, worker: str) -> None:
+        watched = self._watched.pop(worker)
+        asyncio.get_running_loop().remove_reader(watched)
+        os.close(watched)
 
     def _read(self) -> None:
         while True:

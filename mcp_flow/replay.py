@@ -61,6 +61,8 @@ def reach_step(run: Run, key: str, fingerprint: str, *, once: bool) -> Reuse | E
         return Doubt(f"it started at {step.started_at} and its end was never recorded")
     if step.status != "finished":
         return Execute()
+    if step.doubted:
+        return Doubt("it was done, and what comes before it is done again")
     if step.fingerprint == fingerprint:
         return Reuse(step)
     if step.revision == run.revision and run.last_anew < step.finished_seq:

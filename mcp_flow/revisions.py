@@ -8,6 +8,7 @@ a function, still belongs to the revision that imports it.
 from __future__ import annotations
 
 import builtins
+import difflib
 import hashlib
 import importlib
 import linecache
@@ -105,6 +106,19 @@ def source_line(revision: Revision, file: str, line: int) -> str | None:
     source = revision.files.get(PurePosixPath(name).as_posix())
     lines = [] if source is None else _decode(source).splitlines()
     return lines[line - 1] if 0 < line <= len(lines) else None
+
+
+def diff(before: Mapping[str, bytes], after: Mapping[str, bytes], limit: int) -> str:
+    """What changed between two revisions' files, as a unified diff of at most `limit` characters."""
+    lines: list[str] = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = (_decode(files[name]).splitlines() if name in files else [] for files in (before, after))
+        lines += difflib.unified_diff(old, new, f"a/{name}", f"b/{name}", n=1, lineterm="")
+    text = "\n".join(lines)
+    if len(text) <= limit:
+        return text
+    kept = text[:limit].rpartition("\n")[0] or text[:limit]
+    return f"{kept}\n… (cut: {len(lines)} lines in all)"
 
 
 # --- finding ---

@@ -57,8 +57,10 @@ _AFTER_END: frozenset[type[ev.Event]] = frozenset(
 _OWNERS_ONLY: frozenset[type[ev.Event]] = frozenset(
     (
         ev.RunReleased,
+        ev.RunParked,
         ev.AttemptStarted,
         ev.AttemptIdled,
+        ev.AttemptCompared,
         ev.RunFailed,
         ev.RunFinished,
         ev.StepStarted,
@@ -69,6 +71,7 @@ _OWNERS_ONLY: frozenset[type[ev.Event]] = frozenset(
         ev.RequestOpened,
         ev.PageOpened,
         ev.PageAttached,
+        ev.PageLost,
         ev.Logged,
         ev.ProgressReported,
     )
@@ -88,9 +91,11 @@ class Step:
     once: bool = False
     restore: bool = False
     effect_free: bool = False
+    doubted: bool = False
     value: Any = None
     error: ev.Failure | None = None
     url: str | None = None
+    code: str = ""
     ms: float = 0.0
     revision: str = ""
     started_at: str = ""
@@ -142,9 +147,12 @@ class Run:
     revision: str = ""
     epoch: int = 0
     owner: str | None = None
+    taken_from: str | None = None
+    """The owner that the present one took the run from, because its lease was over."""
     attempt: int = 0
     active: bool = False
     idle: bool = False
+    idle_since: str | None = None
     ended: Status | None = None
     error: ev.Failure | None = None
     output: Any = None
@@ -161,12 +169,19 @@ class Run:
     pages: dict[str, str] = field(default_factory=dict)
     page_state: ev.PageState | None = None
     page_since: str | None = None
+    parked_since: str | None = None
+    url: str | None = None
+    """Where the main page was when the last step began."""
+    losses: int = 0
+    """How often in a row the pages were lost without a step that finished in between."""
     hijack: Hijack | None = None
     artifacts: list[str] = field(default_factory=list)
     progress: ev.ProgressReported | None = None
     blocked: ev.WorkerBlocked | None = None
     crashes: int = 0
     """How many owners in a row were lost without anything new in the journal."""
+    changed_steps: tuple[str, ...] = ()
+    unused_steps: tuple[str, ...] = ()
     last_anew: int = 0
     """The `seq` at which something last came out anew: a result, value or answer of a later generation than the first.
     What finished before it may have been computed from what it replaced."""
@@ -191,8 +206,21 @@ class Run:
     def wants_worker(self) -> bool:
         """Whether there is work that only a worker can do: code to run, or a page of an ended run to close."""
         if self.ended:
-            return bool(self.pages)
+            # An owner that has not taken note of the cancellation yet still has the run's code.
+            return bool(self.pages) or (self.ended == "cancelled" and self.owner is not None)
         return not self.idle and not (self.hijack and self.hijack.stopped)
+
+    @property
+    def awaits_owner(self) -> bool:
+        """Whether somebody waits for the owner to react: to let go of a cancelled run, or to stop for a hijack."""
+        if self.owner is None:
+            return False
+        return self.ended == "cancelled" or (self.hijack is not None and self.hijack.stopped is None)
+
+    @property
+    def held_since(self) -> str | None:
+        """Since when the run holds a page without using it; None where it has none, or someone has taken it."""
+        return self.idle_since if self.idle and self.pages and not self.ended and not self.hijack else None
 
     @property
     def due(self) -> datetime | None:
@@ -210,6 +238,15 @@ class Run:
         twin.hijack = copy(self.hijack)
         return twin
 
+    @property
+    def is_fork(self) -> bool:
+        """Whether the run began with the finished steps of another."""
+        return self.created is not None and self.created.forked_from is not None
+
+    @property
+    def _is_new_fork(self) -> bool:
+        return self.is_fork and self.epoch == 0
+
     def open_requests(self) -> list[Request]:
         """What the run waits for, oldest first."""
         return list(self.unanswered.values())
@@ -221,6 +258,13 @@ class Run:
     def generation(self, key: str) -> int:
         """How often `key` was reset."""
         return self.generations.get(key, 0)
+
+    def first_seqs(self) -> dict[str, int]:
+        """When each step, value and wait was first there, by key."""
+        seqs = {key: step.first_seq for key, step in self.steps.items()}
+        for request in self.requests.values():
+            seqs.setdefault(request.opened.key, request.seq)
+        return seqs
 
     def wait(self, key: str) -> Request | None:
         """The request of `key` in its present generation, unless it was withdrawn."""
@@ -263,8 +307,16 @@ class Run:
                 raise self._illegal(event, f"{event.key} is there already")
             case ev.RunFinished() if self.open_requests():
                 raise self._illegal(event, "requests are still open")
+            case ev.RunOrphaned() if event.owner != self.owner:
+                raise self._illegal(event, f"its owner is {self.owner or 'nobody'}")
             case ev.RunResumed() if not self.idle and self.owner and not (self.hijack and self.hijack.stopped):
                 raise self._illegal(event, "it is running")
+            case ev.RequestShared() if not self._is_new_fork or event.opened.request_id in self.requests:
+                raise self._illegal(event, "only a fork begins with the history of another run")
+            case ev.RunParked() if not self.idle or self.hijack:
+                raise self._illegal(event, "it does not wait")
+            case ev.PageLost() | ev.AttemptCompared() if not self.active:
+                raise self._illegal(event, "no attempt is under way")
             case ev.RequestOpened() if event.request_id in self.requests:
                 raise self._illegal(event, f"request {event.request_id} is there already")
             case ev.RequestOpened() if event.generation != self.generation(event.key):
@@ -301,6 +353,14 @@ class Run:
             if event.generation != self.generation(event.key) + 1:
                 raise self._illegal(event, f"{event.key} is in generation {self.generation(event.key)}")
             return
+        if isinstance(event, ev.StepShared):
+            if step is not None or not self._is_new_fork:
+                raise self._illegal(event, "only a fork begins with the history of another run")
+            return
+        if isinstance(event, ev.StepDoubted):
+            if step is None or not step.once or step.status != "finished":
+                raise self._illegal(event, f"{event.key} is no finished step that runs only once")
+            return
         if not self.active:
             raise self._illegal(event, "no attempt is under way")
         if isinstance(event, ev.StepNondeterministic):
@@ -327,7 +387,7 @@ class Run:
             case ev.StepStarted() as event:
                 self._start_step(event, recorded)
             case ev.StepFinished() as event:
-                self.crashes = 0
+                self.crashes = self.losses = 0
                 step = self.steps[event.key]
                 step.status, step.value, step.ms, step.error = "finished", event.value, event.ms, None
                 step.revision, step.finished_seq = self.revision, recorded.seq
@@ -337,6 +397,36 @@ class Run:
                 step.status, step.error, step.effect_free = "failed", event.error, event.effect_free
             case ev.StepReset() as event:
                 self._reset(event)
+            case ev.StepDoubted() as event:
+                self.steps[event.key].doubted = True
+            case ev.StepShared() as event:
+                self.steps[event.key] = Step(
+                    event.key,
+                    recorded.seq,
+                    status="finished",
+                    fingerprint=event.fingerprint,
+                    once=event.once,
+                    restore=event.restore,
+                    value=event.value,
+                    url=event.url,
+                    code=event.code,
+                    revision=event.revision,
+                    started_at=recorded.at,
+                    finished_seq=recorded.seq,
+                )
+            case ev.RequestShared() as event:
+                self.waits[event.opened.key] = event.opened.request_id
+                self.requests[event.opened.request_id] = Request(
+                    event.opened,
+                    recorded.seq,
+                    recorded.at,
+                    "expired" if event.expired else "answered",
+                    recorded.seq,
+                    event.value,
+                    event.note,
+                    event.by,
+                    event.via,
+                )
             case ev.ValueRecorded() as event:
                 self.steps[event.key] = Step(
                     event.key,
@@ -378,6 +468,7 @@ class Run:
                     self.remarks.add(event.key)
             case ev.PageOpened() as event:
                 self.pages[event.name] = event.target_id
+                self.parked_since = None
                 if self.page_state is None:
                     self.page_state, self.page_since = "live", recorded.at
             case ev.PageAttached() as event:
@@ -396,6 +487,8 @@ class Run:
                 self.hijack = None
             case ev.WorkerBlocked() as event:
                 self.blocked = event
+            case ev.AttemptCompared() as event:
+                self.changed_steps, self.unused_steps = tuple(event.changed_steps), tuple(event.unused_steps)
             case _:
                 self._move(recorded)
 
@@ -407,9 +500,16 @@ class Run:
             case ev.RunClaimed() as event:
                 assert recorded.epoch is not None
                 self.crashes = self.crashes + 1 if self.owner and not self.ended else 0
+                self.taken_from = self.owner
                 self.epoch, self.owner, self.active = recorded.epoch, event.worker, False
-            case ev.RunReleased():
+            case ev.RunReleased() | ev.RunOrphaned():
                 self.owner, self.active = None, False
+            case ev.RunParked():
+                self.owner, self.active, self.parked_since = None, False, recorded.at
+                self.pages.clear()
+            case ev.PageLost():
+                self.active, self.losses = False, self.losses + 1
+                self.pages.clear()
             case ev.AttemptStarted() as event:
                 self.attempt, self.revision, self.active, self.idle = (
                     event.attempt,
@@ -418,13 +518,16 @@ class Run:
                     False,
                 )
                 self.blocked, self.error = None, None
+                self.changed_steps, self.unused_steps = (), ()
             case ev.AttemptIdled():
-                self.idle = self.idle or bool(self.open_requests())
+                if not self.idle and self.open_requests():
+                    self.idle, self.idle_since = True, recorded.at
             case ev.RunResumed() as event:
                 self.revision, self.error, self.idle, self.active = event.revision, None, False, False
-                self.crashes = 0
+                self.crashes = self.losses = 0
             case ev.RunFailed() as event:
                 self.error, self.idle, self.active, self.owner = event.error, True, False, None
+                self.idle_since = recorded.at
             case ev.RunFinished() as event:
                 self._end("finished", recorded.seq)
                 self.output = event.output
@@ -434,17 +537,19 @@ class Run:
 
     def _start_step(self, event: ev.StepStarted, recorded: ev.Recorded) -> None:
         step = self.steps.get(event.key)
+        self.url = event.url if event.url is not None else self.url
         if step is None:
-            step = self.steps[event.key] = Step(event.key, recorded.seq, url=event.url)
+            step = self.steps[event.key] = Step(event.key, recorded.seq, url=self.url)
         step.status, step.generation, step.fingerprint = "started", event.generation, event.fingerprint
         step.tries, step.once, step.restore = event.number, event.once, event.restore
-        step.started_at, step.error, step.effect_free = recorded.at, None, False
+        step.started_at, step.error, step.effect_free, step.code = recorded.at, None, False, event.code
         self.idle = False
 
     def _reset(self, event: ev.StepReset) -> None:
         self.generations[event.key] = event.generation
         if step := self.steps.get(event.key):
             step.status, step.generation, step.value, step.error = "reset", event.generation, None, None
+            step.doubted = False
 
     def _note_anew(self, key: str, seq: int) -> None:
         if self.generation(key):

@@ -16,10 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlite_utils import Database, Migrations
 
@@ -30,7 +30,7 @@ from mcp_flow.errors import BrokenChain, Conflict, FlowError, IllegalEvent, Stor
 from mcp_flow.run import Run
 
 T = TypeVar("T")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CACHED_RUNS = 512
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "fuse.sshfs", "ceph"}
 
@@ -42,8 +42,18 @@ def m001_journal(db: Database) -> None:
     """The journal, and what is kept beside it."""
     for statement in _JOURNAL.split(";\n"):
         db.execute(statement)
-    for statement in _PROJECTIONS.split(";\n"):
-        db.execute(statement)
+
+
+@migrations()
+def m002_places(db: Database) -> None:
+    """Where a run's pages are, apart from their storage; whose loop stands still; since when a page is held."""
+    db.execute("ALTER TABLE checkpoints ADD COLUMN places TEXT NOT NULL DEFAULT '{}'")
+    db.execute(
+        "UPDATE checkpoints SET places = ifnull(json_extract(data, '$.urls'), '{}'), data = json_remove(data, '$.urls')"
+    )
+    db.execute("ALTER TABLE beats ADD COLUMN silent REAL NOT NULL DEFAULT 0")
+    for table in ("run_rows", "request_rows"):  # `_Connection.open` makes them anew
+        db.execute(f"DROP TABLE IF EXISTS {table}")
 
 
 _JOURNAL = """
@@ -64,9 +74,11 @@ CREATE TABLE beats (worker TEXT PRIMARY KEY, pid INTEGER NOT NULL, beat INTEGER 
 _PROJECTIONS = """
 CREATE TABLE IF NOT EXISTS run_rows (
   run INTEGER PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, wants_worker INTEGER NOT NULL, owner TEXT,
-  epoch INTEGER NOT NULL, attempt INTEGER NOT NULL, created_at TEXT NOT NULL, why TEXT, has_page INTEGER NOT NULL
+  epoch INTEGER NOT NULL, attempt INTEGER NOT NULL, created_at TEXT NOT NULL, why TEXT, has_page INTEGER NOT NULL,
+  awaits_owner INTEGER NOT NULL, held_since TEXT
 );
 CREATE INDEX IF NOT EXISTS run_rows_wanting ON run_rows (run) WHERE wants_worker;
+CREATE INDEX IF NOT EXISTS run_rows_held ON run_rows (held_since) WHERE held_since IS NOT NULL;
 CREATE INDEX IF NOT EXISTS run_rows_status ON run_rows (status, run);
 CREATE TABLE IF NOT EXISTS request_rows (
   request_id TEXT PRIMARY KEY, run INTEGER NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, status TEXT NOT NULL,
@@ -105,6 +117,14 @@ class RunRow:
     updated_at: str
     step: str | None
     why: str | None
+
+
+class Beat(NamedTuple):
+    """A worker's process id, the counter of its heart, and the seconds for which its loop had stood still by then."""
+
+    pid: int
+    number: int
+    silent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +258,14 @@ class _Transaction:
         assert run.created
         waiting = run.open_requests()
         why = run.error.message if run.error else waiting[0].opened.prompt if waiting else run.reason
-        row = (run.status, run.wants_worker, run.owner, run.epoch, run.attempt, why and why[:500], bool(run.pages))
+        row = (
+            run.status, run.wants_worker, run.owner, run.epoch, run.attempt, why and why[:500], bool(run.pages),
+            run.awaits_owner, run.held_since,
+        )  # fmt: skip
         if self._projected.get(run.run_id) != row:
             self.execute(
                 "INSERT OR REPLACE INTO run_rows (run, workflow, created_at, status, wants_worker, owner, epoch,"
-                " attempt, why, has_page) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " attempt, why, has_page, awaits_owner, held_since) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (number, run.created.workflow, run.created_at, *row),
             )
             self._projected[run.run_id] = row
@@ -268,22 +291,33 @@ class _Connection:
         self.transaction = _Transaction(self, now)
 
     def open(self) -> None:
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if not self._path.exists():
+            # Only then: to close any file handle of a database drops the locks that this process has on it, and another
+            # process would take away the write-ahead log under a connection that is open beside this one.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        elif not os.access(self._path, os.W_OK):
+            # SQLite opens it all the same, and says so at the first write only.
+            raise sqlite3.OperationalError("attempt to write a readonly database")
         conn = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
         try:
-            conn.execute("PRAGMA journal_mode = WAL")
-            conn.execute("PRAGMA synchronous = FULL")
-            conn.execute("PRAGMA foreign_keys = ON")
             version = conn.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StoreError(_too_new(version))
+            conn.execute("PRAGMA journal_mode = WAL")
+            conn.execute("PRAGMA synchronous = FULL")
+            conn.execute("PRAGMA foreign_keys = ON")
+            self._conn = conn
             if version < SCHEMA_VERSION:
+                # All or nothing: a crash in between must leave a database of the older schema.
+                conn.execute("BEGIN IMMEDIATE")
                 migrations.apply(Database(conn))
+                self.rebuild()
                 conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                conn.execute("COMMIT")
         except BaseException:
             conn.close()
+            self._conn = None
             raise
-        self._conn = conn
 
     def close(self) -> None:
         if self._conn is not None:
@@ -363,6 +397,8 @@ class Store:
         self._settings = settings
         self._role = role
         self._views: dict[str, Run] = {}
+        self.on_recorded: Callable[[str, ev.Recorded], None] | None = None
+        """Called with each event of a run that is followed here, once it is durable."""
         self._connection = _Connection(settings.database, self.now)
         self._tx = self._connection.transaction
 
@@ -383,30 +419,57 @@ class Store:
 
     # --- journals ---
 
-    async def create(self, run_id: str, event: ev.RunCreated) -> None:
-        """Begin a journal; raises `Conflict` when the id is in use."""
+    async def create(
+        self,
+        run_id: str,
+        *events: ev.Event,
+        checkpoint: tuple[str, str] | None = None,
+        owner: str | None = None,
+    ) -> None:
+        """Begin a journal; raises `Conflict` for an id in use.
+
+        A `checkpoint` is places and data of its pages to be; with an `owner` nobody else can claim the run before.
+        """
         check_id(run_id, "run")
-        prepared = [(event, event.encoded())]
+        prepared = [(event, event.encoded()) for event in events]
+        claimed = ev.RunClaimed(worker=owner) if owner else None
 
         def body() -> None:
             if self._tx.execute("SELECT 1 FROM journals WHERE run_id = ?", (run_id,)).fetchone():
                 raise Conflict(f"The run id {run_id!r} is in use. get_run(run_id={run_id!r}) shows that run.")
             self._tx.execute("INSERT INTO journals (run_id) VALUES (?)", (run_id,))
             self._tx.append(run_id, prepared, None)
+            if checkpoint:
+                self._save_places(run_id, checkpoint[0])
+                self._save_data(run_id, checkpoint[1])
+            if claimed:
+                self._tx.append(run_id, [(claimed, claimed.encoded())], 1)
 
         await self._thread.write(body)
 
-    async def append(self, run_id: str, *events: ev.Event, epoch: int | None = None) -> None:
-        """Append events, all or none, and return once they are durable; raises `IllegalEvent` or `LeaseLost`."""
-        await self.append_soon(run_id, *events, epoch=epoch)
+    async def append(self, run_id: str, *events: ev.Event, epoch: int | None = None, places: str | None = None) -> None:
+        """Append events, all or none, and return once they are durable; raises `IllegalEvent` or `LeaseLost`.
 
-    def append_soon(self, run_id: str, *events: ev.Event, epoch: int | None = None) -> asyncio.Future[Any]:
+        With them are kept the `places` at which the run's pages are by then.
+        """
+        await self.append_soon(run_id, *events, epoch=epoch, places=places)
+
+    def append_soon(
+        self, run_id: str, *events: ev.Event, epoch: int | None = None, places: str | None = None
+    ) -> asyncio.Future[Any]:
         """`append`, queued at once, before whatever is appended later; the future ends when it is durable."""
         prepared = [(event, event.encoded()) for event in events]
         view = self._views.get(run_id)
         since = view.seq if view else None
+
+        def body() -> list[ev.Recorded]:
+            appended = self._tx.append(run_id, prepared, epoch, since)
+            if places is not None:
+                self._save_places(run_id, places)
+            return appended
+
         return self._thread.submit(
-            lambda: self._tx.append(run_id, prepared, epoch, since),
+            body,
             write=True,
             on_result=lambda recorded: self._advance(run_id, recorded),
         )
@@ -503,15 +566,25 @@ class Store:
 
     # --- work ---
 
-    async def claim(self, worker: str, dead: Iterable[str], limit: int) -> list[tuple[str, int]]:
-        """Take up to `limit` runs that want a worker and have no living owner, oldest first; returns ids and epochs."""
-        gone = json.dumps(list(dead))
+    async def claim(
+        self,
+        worker: str,
+        dead: Iterable[str],
+        limit: int,
+        *,
+        held_before: datetime | None = None,
+        only: str | None = None,
+    ) -> list[tuple[str, int]]:
+        """Take up to `limit` runs that have no living owner, oldest first; returns ids and epochs.
+
+        Those that want a worker, and those that hold a page without use since before `held_before`; or `only` one.
+        """
+        where, values = _wanting(dead, held_before, only)
 
         def wanting() -> list[str]:
             rows = self._tx.execute(
-                "SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run WHERE r.wants_worker AND"
-                " (r.owner IS NULL OR r.owner IN (SELECT value FROM json_each(?))) ORDER BY r.run LIMIT ?",
-                (gone, limit),
+                f"SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run WHERE {where} ORDER BY r.run LIMIT ?",
+                (*values, limit),
             )
             return [run_id for (run_id,) in rows.fetchall()]
 
@@ -537,24 +610,44 @@ class Store:
 
         return await self._thread.write(body)
 
-    async def owners(self) -> list[str]:
-        """The workers that own runs which have work for a worker."""
-        sql = "SELECT DISTINCT owner FROM run_rows WHERE wants_worker AND owner IS NOT NULL"
-        return [row[0] for row in await self._read(lambda: self._tx.execute(sql).fetchall())]
-
-    async def wanting(self, dead: Iterable[str]) -> bool:
-        """Whether any run wants a worker and has no living owner."""
-        gone = json.dumps(list(dead))
-        return await self._read(
-            lambda: (
-                self._tx.execute(
-                    "SELECT 1 FROM run_rows WHERE wants_worker AND (owner IS NULL OR owner IN"
-                    " (SELECT value FROM json_each(?))) LIMIT 1",
-                    (gone,),
-                ).fetchone()
-                is not None
-            )
+    async def orphan_idle(self, dead: Iterable[str]) -> None:
+        """Let go of the runs that wait and whose owner is among `dead`: an answer is to wake them like any other."""
+        sql = (
+            "SELECT j.run_id, r.owner FROM run_rows r JOIN journals j ON j.no = r.run WHERE NOT r.wants_worker"
+            " AND r.status NOT IN ('finished', 'cancelled', 'continued')"
+            " AND r.owner IN (SELECT value FROM json_each(?))"
         )
+        gone = json.dumps(list(dead))
+
+        def body() -> None:
+            for run_id, owner in self._tx.execute(sql, (gone,)).fetchall():
+                event = ev.RunOrphaned(owner=owner)
+                self._tx.append(run_id, [(event, event.encoded())], None)
+
+        if await self._read(lambda: self._tx.execute(sql, (gone,)).fetchone()):
+            await self._thread.write(body)
+
+    async def owners(self, *, waiting: bool = False) -> dict[str, bool]:
+        """The workers that own runs which have work for a worker, and whether somebody waits for them to react.
+
+        With `waiting` those that own runs which wait, too.
+        """
+        which = "status NOT IN ('finished', 'cancelled', 'continued') OR wants_worker" if waiting else "wants_worker"
+        sql = (
+            f"SELECT owner, max(awaits_owner) FROM (SELECT owner, awaits_owner FROM run_rows WHERE {which}"
+            " UNION ALL SELECT owner, 0 FROM run_rows WHERE held_since IS NOT NULL)"
+            " WHERE owner IS NOT NULL GROUP BY owner"
+        )
+        rows = await self._read(lambda: self._tx.execute(sql).fetchall())
+        return {owner: bool(awaited) for owner, awaited in rows}
+
+    async def wanting(
+        self, dead: Iterable[str], *, held_before: datetime | None = None, only: str | None = None
+    ) -> bool:
+        """Whether there is any run that `claim` would take."""
+        where, values = _wanting(dead, held_before, only)
+        sql = f"SELECT 1 FROM run_rows r JOIN journals j ON j.no = r.run WHERE {where} LIMIT 1"
+        return await self._read(lambda: self._tx.execute(sql, values).fetchone() is not None)
 
     async def expire_due(self) -> list[str]:
         """Expire the open requests whose deadline has passed; returns their runs."""
@@ -579,21 +672,34 @@ class Store:
 
         return await self._thread.write(body) if await self._read(due) else []
 
-    async def next_due(self) -> datetime | None:
-        """The next deadline of any open request."""
-        sql = "SELECT min(expires) FROM request_rows WHERE status = 'open' AND expires IS NOT NULL"
-        row = await self._read(lambda: self._tx.execute(sql).fetchone())
-        return datetime.fromisoformat(row[0]) if row[0] else None
+    async def next_due(self, hold: float, after: datetime) -> datetime | None:
+        """When, later than `after`, the next request expires or the next page has been unused for `hold` seconds."""
+        queries = (
+            "SELECT min(expires) FROM request_rows WHERE status = 'open' AND expires > ?",
+            "SELECT min(held_since) FROM run_rows WHERE held_since > ?",
+        )
+        unused_for = timedelta(seconds=hold)
+        values = (_stamp(after), _stamp(after - unused_for))
 
-    def beat(self, worker: str) -> None:
-        """Raise the worker's counter; from any thread, without waiting."""
-        sql = "INSERT INTO beats VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET beat = beat + 1"
-        self._thread.write_soon(lambda: self._tx.execute(sql, (worker, os.getpid())))
+        def body() -> list[str | None]:
+            return [self._tx.execute(sql, (value,)).fetchone()[0] for sql, value in zip(queries, values, strict=True)]
 
-    async def beats(self) -> dict[str, tuple[int, int]]:
-        """Process id and counter of each worker that is known."""
-        rows = await self._read(lambda: self._tx.execute("SELECT worker, pid, beat FROM beats").fetchall())
-        return {worker: (pid, beat) for worker, pid, beat in rows}
+        expires, held = await self._read(body)
+        moments = [datetime.fromisoformat(expires)] if expires else []
+        moments += [datetime.fromisoformat(held) + unused_for] if held else []
+        return min(moments, default=None)
+
+    def beat(self, worker: str, silent: float = 0.0) -> None:
+        """Raise the worker's counter, and say for how long its loop has stood still; from any thread, not waiting."""
+        sql = (
+            "INSERT INTO beats VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET beat = beat + 1, silent = excluded.silent"
+        )
+        self._thread.write_soon(lambda: self._tx.execute(sql, (worker, os.getpid(), silent)))
+
+    async def beats(self) -> dict[str, Beat]:
+        """The sign of life of each worker that is known."""
+        rows = await self._read(lambda: self._tx.execute("SELECT worker, pid, beat, silent FROM beats").fetchall())
+        return {worker: Beat(*values) for worker, *values in rows}
 
     async def forget_worker(self, worker: str) -> None:
         """Drop the counter of a worker that is gone."""
@@ -688,17 +794,35 @@ class Store:
         files = json.loads(zlib.decompress(row[1]).decode("utf-8", "surrogatepass"))
         return row[0], {name: text.encode("utf-8", "surrogateescape") for name, text in files.items()}
 
-    async def save_checkpoint(self, run_id: str, data: str) -> None:
-        """Keep what a run's pages need to be rebuilt, in place of what was kept before."""
-        sql = "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?)"
-        at = _stamp(self.now())
-        await self._thread.write(lambda: self._tx.execute(sql, (self._tx.number(run_id), at, data)))
+    async def save_checkpoint(
+        self, run_id: str, places: str | None, data: str | None, epoch: int | None = None
+    ) -> None:
+        """Keep what a run's pages need to be rebuilt, where they are and what they store; None keeps what was.
 
-    async def load_checkpoint(self, run_id: str) -> str | None:
-        """The last checkpoint."""
-        sql = "SELECT data FROM checkpoints WHERE run = ?"
+        With an `epoch` that is over, nothing is kept.
+        """
+
+        def body() -> None:
+            run = self._tx.fold(run_id)[2]
+            if epoch is not None and (run.epoch != epoch or run.ended):
+                return
+            if places is not None:
+                self._save_places(run_id, places)
+            if data is not None:
+                self._save_data(run_id, data)
+
+        await self._thread.write(body)
+
+    async def load_checkpoint(self, run_id: str) -> tuple[str, str] | None:
+        """Places and data of the last checkpoint."""
+        sql = "SELECT places, data FROM checkpoints WHERE run = ?"
         row = await self._read(lambda: self._tx.execute(sql, (self._tx.number(run_id),)).fetchone())
-        return row[0] if row else None
+        return (row[0], row[1]) if row else None
+
+    async def drop_checkpoint(self, run_id: str) -> None:
+        """Forget what an ended run's pages held: cookies and places outlive no run."""
+        sql = "DELETE FROM checkpoints WHERE run = ?"
+        await self._thread.write(lambda: self._tx.execute(sql, (self._tx.number(run_id),)))
 
     async def pragmas(self) -> dict[str, Any]:
         """The pragmas in force, for benchmarks to print."""
@@ -706,6 +830,20 @@ class Store:
         return await self._read(lambda: {n: self._tx.execute(f"PRAGMA {n}").fetchone()[0] for n in names})
 
     # --- inside ---
+
+    def _save_places(self, run_id: str, places: str) -> None:
+        self._tx.execute(
+            "INSERT INTO checkpoints (run, at, data, places) VALUES (?, ?, '{}', ?)"
+            " ON CONFLICT DO UPDATE SET at = excluded.at, places = excluded.places",
+            (self._tx.number(run_id), _stamp(self.now()), places),
+        )
+
+    def _save_data(self, run_id: str, data: str) -> None:
+        self._tx.execute(
+            "INSERT INTO checkpoints (run, at, data) VALUES (?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET at = excluded.at, data = excluded.data",
+            (self._tx.number(run_id), _stamp(self.now()), data),
+        )
 
     async def _read(self, body: Callable[[], T]) -> T:
         """Run `body` outside a transaction; projections that somebody has dropped are made anew first."""
@@ -724,6 +862,8 @@ class Store:
                 # read with the next append or `run`.
                 if entry.seq == view.seq + 1:
                     view.take(entry)
+                    if self.on_recorded:
+                        self.on_recorded(run_id, entry)
 
     def _explain(self, error: sqlite3.Error) -> StoreError:
         path, text = self._settings.database, str(error)
@@ -742,6 +882,21 @@ class Store:
         if "locked" in text:
             return StoreError(f"{path} is locked by a program that is not mcp-flow. End it and call again.")
         return StoreError(f"{path}: {text}.")
+
+
+def _wanting(dead: Iterable[str], held_before: datetime | None, only: str | None) -> tuple[str, list[Any]]:
+    """The condition on a run's row under which a worker takes the run, and its values."""
+    # One query a reason, because only then each uses the index made for it.
+    work, values = "SELECT run FROM run_rows WHERE wants_worker", list[Any]()
+    if held_before is not None:
+        work += " UNION ALL SELECT run FROM run_rows WHERE held_since <= ?"
+        values.append(_stamp(held_before))
+    where = f"r.run IN ({work}) AND (r.owner IS NULL OR r.owner IN (SELECT value FROM json_each(?)))"
+    values.append(json.dumps(list(dead)))
+    if only is not None:
+        where += " AND j.run_id = ?"
+        values.append(only)
+    return where, values
 
 
 def _load(

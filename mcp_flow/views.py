@@ -33,6 +33,9 @@ class RunView(TypedDict, total=False):
     page: dict[str, Any]
     progress: dict[str, Any]
     attempt: int
+    changed_steps: list[str]
+    unused_steps: list[str]
+    edited: str
     steps: list[dict[str, Any]]
     events: list[dict[str, Any]]
     last_seq: int
@@ -43,8 +46,19 @@ class RunView(TypedDict, total=False):
     note: str
 
 
-def show_run(run: Run, *, status: str, folder: str, place: dict[str, str] | None = None) -> RunView:
-    """A run without its steps and events. `status` may be `interrupted`, which no journal holds."""
+def show_run(
+    run: Run,
+    *,
+    status: str,
+    folder: str,
+    place: dict[str, Any] | None = None,
+    browser_lives: bool = True,
+    edits: str | None = None,
+) -> RunView:
+    """A run without its steps and events. `status` may be `interrupted`, which no journal holds.
+
+    `place` says where its pages were last seen, `edits` how its code on disk differs from what it was executed with.
+    """
     assert run.created
     view = RunView(
         run_id=run.run_id,
@@ -64,23 +78,43 @@ def show_run(run: Run, *, status: str, folder: str, place: dict[str, str] | None
     if pending := [show_request(request, run) for request in run.open_requests()]:
         view["pending"] = pending
         view.setdefault("why", run.open_requests()[0].opened.prompt)
-    if run.page_state and run.pages and not run.ended:
-        view["page"] = {"state": run.page_state, "since": run.page_since, "names": sorted(run.pages)} | (place or {})
+    if (page := _page(run, browser_lives)) is not None:
+        view["page"] = page | (place or {})
+    if run.changed_steps:
+        view["changed_steps"] = list(run.changed_steps)
+    if run.unused_steps:
+        view["unused_steps"] = list(run.unused_steps)
+    if edits:
+        view["edited"] = edits
     if run.progress:
         view["progress"] = run.progress.model_dump(exclude={"key"}, exclude_none=True)
     if run.hijack and not run.ended:
-        place = run.hijack.stopped.model_dump(exclude_none=True) if run.hijack.stopped else {}
-        where = f"; it stands at {json.dumps(place)}" if place else ""
+        spot = run.hijack.stopped.model_dump(exclude_none=True) if run.hijack.stopped else {}
+        where = f"; it stands at {json.dumps(spot)}" if spot else ""
         held = "held by" if run.hijack.stopped else "stops at its next action or step for"
         view["why"] = f"{held} the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
     if run.blocked and status == "running":
-        spot = f"{run.blocked.file}:{run.blocked.line}"
-        view["why"] = f"the worker's event loop has stood still for {run.blocked.seconds:g} s at {spot}"
+        line = f"{run.blocked.file}:{run.blocked.line}"
+        view["why"] = f"the worker's event loop has stood still for {run.blocked.seconds:g} s at {line}"
     if run.artifacts:
         view["artifacts"] = [f"{folder}/{name}" for name in dict.fromkeys(run.artifacts)]
     view["folder"] = folder
     view["created_at"], view["updated_at"] = run.created_at, run.updated_at
     return view
+
+
+def _page(run: Run, browser_lives: bool) -> dict[str, Any] | None:
+    """How a run's page came about, or what has become of it."""
+    if run.ended or run.page_state is None:
+        return None
+    if run.parked_since:
+        return {"state": "parked", "since": run.parked_since}
+    if not run.pages and not run.losses:
+        return None
+    shown: dict[str, Any] = {"state": run.page_state, "since": run.page_since}
+    if not run.pages:
+        return shown | {"gone": "it was lost; going on rebuilds it"}
+    return shown if browser_lives else shown | {"gone": "its browser has ended; going on rebuilds the page"}
 
 
 def show_request(request: Request, run: Run) -> dict[str, Any]:
@@ -157,6 +191,8 @@ def next_call(run: Run, status: str) -> str:
             return f"snapshot(run_id={run_id}), mend what error names, then resume(run_id={run_id})"
         case "hijacked":
             return f"resume(run_id={run_id})"
+        case "interrupted":
+            return f"get_run(run_id={run_id}, wait_s=20); with take_up off, resume(run_id={run_id})"
         case "finished" | "cancelled" | "continued":
             return f"none: the run is {status}"
         case _:

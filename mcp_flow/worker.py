@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import json
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,11 +27,21 @@ from mcp_flow import events as ev
 from mcp_flow import presence
 from mcp_flow.attempt import Attempt, Outcome
 from mcp_flow.browser import host as hosts
+from mcp_flow.browser.host import HostInfo
 from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, attach, sweep
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import Workflow, workflows_in
-from mcp_flow.errors import BrokenWorkflow, FlowError, IllegalEvent, LeaseLost, WorkerCrashed
-from mcp_flow.leases import Leases
+from mcp_flow.errors import (
+    BrokenWorkflow,
+    BrowserUnavailable,
+    FlowError,
+    IllegalEvent,
+    LeaseLost,
+    PageGone,
+    WorkerCrashed,
+)
+from mcp_flow.leases import BLOCKED_SECONDS, Leases
+from mcp_flow.pages import look
 from mcp_flow.revisions import Revision, load, source_line
 from mcp_flow.run import Run
 from mcp_flow.store import Store
@@ -40,22 +52,40 @@ BEAT = 2.0
 """Seconds between two heartbeats."""
 POLL = 1.0
 """Seconds between two looks for what no doorbell told of."""
-BLOCKED_AFTER = 3.0
-"""Seconds for which a loop stands still before that is journaled."""
+SOONEST = 0.005
+"""Seconds that lie between two looks at least."""
 CLAIM_AT_ONCE = 50
 MAX_RUNNING = 200
 
+OPEN_TRIES = 3
+"""How many browser hosts may die in a row while a run asks them for its page."""
 MAX_CRASHES = 3
 """How many workers in a row may die at the same place of a run before it counts as failed."""
+MAX_LOSSES = 3
+"""How often in a row a run's pages may be lost at the same place before it counts as failed."""
 
 Resolved = tuple[Workflow[..., object], Callable[[str, int], str | None]]
 
 
 class Worker:
-    """Executes runs until it has had nothing to do for `settings.worker_idle` seconds, or is told to stop."""
+    """Executes runs until it has had nothing to do for `settings.worker_idle` seconds, or is told to stop.
 
-    def __init__(self, settings: Settings, store: Store, worker_id: str | None = None) -> None:
+    With `only` it executes that one run, for the program that it is a part of, and leaves the program's signals alone;
+    at most `max_concurrency` of the run's steps run at a time then.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        worker_id: str | None = None,
+        *,
+        only: str | None = None,
+        max_concurrency: int | None = None,
+    ) -> None:
         self.id = worker_id or f"w-{secrets.token_hex(4)}"
+        self._only = only
+        self._slots = asyncio.Semaphore(max_concurrency) if max_concurrency else None
         self._settings = settings
         self._store = store
         self._driver = Driver()
@@ -63,15 +93,20 @@ class Worker:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = asyncio.Event()
         self._leases = Leases(settings, store)
+        self._heart: _Heart | None = None
+        self._lock: presence.LifeLock | None = None
 
     async def serve(self, ready: Callable[[], None] = lambda: None) -> None:
         """Claim and execute until idle or stopped; `ready` is called once the worker can be found by others."""
         presence.sweep(self._settings)
-        lock = presence.LifeLock(self._settings, self.id)
+        self._lock = presence.LifeLock(self._settings, self.id)
         bell = presence.Doorbell(self._settings)
         heart = _Heart(self.id, self._store, self._settings, asyncio.get_running_loop(), self._runs_of_frames)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        if self._only is None:
+            faulthandler.register(signal.SIGUSR1, all_threads=True)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        self._heart = heart
         heart.start()
         ready()
         try:
@@ -83,7 +118,7 @@ class Worker:
             with contextlib.suppress(FlowError):
                 await self._store.forget_worker(self.id)
             bell.close()
-            lock.release()
+            self._retire()
             # Whoever waits for a released run should look for another worker now.
             presence.ring(self._settings, "")
 
@@ -96,19 +131,25 @@ class Worker:
         version = -1
         rung: set[str] = set()
         while not self._stopping.is_set():
+            looked = self._store.now()
             now_version = await self._store.data_version()
             rung |= set(self._attempts) if "" in rung or (now_version != version and not rung) else set()
             version = now_version
+            bell.watch(self._settings)
             await self._look_at(rung)
+            self._release_idle()
             await self._claim()
             if self._executing():
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since >= self._settings.worker_idle and await self._may_leave():
                 return
-            rung = await self._next_ring(bell)
+            rung = await self._next_ring(bell, looked)
 
-    async def _next_ring(self, bell: presence.Doorbell) -> set[str]:
-        ring = asyncio.ensure_future(bell.wait(POLL))
+    async def _next_ring(self, bell: presence.Doorbell, looked: datetime) -> set[str]:
+        """Wait for a ring, or until something is due that was not yet when the worker last looked."""
+        due = await self._store.next_due(self._settings.hold, looked)
+        seconds = min(POLL, max(SOONEST, (due - self._store.now()).total_seconds())) if due else POLL
+        ring = asyncio.ensure_future(bell.wait(seconds))
         stop = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait({ring, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -119,16 +160,25 @@ class Worker:
 
     async def _may_leave(self) -> bool:
         """Leave only if no work came in between; whoever starts a worker meanwhile waits for that to be certain."""
+        if self._only is not None:
+            return False
         guard = presence.changing_of_the_guard(self._settings)
         await asyncio.to_thread(guard.__enter__)
         try:
-            if await self._store.wanting(await self._dead()):
+            if await self._store.wanting(await self._takeable(), held_before=self._held_before()):
                 return False
             await self._release_all()
             await self._sweep_contexts()
+            # While the guard is held: who looks for a worker from now on must not take this one for it.
+            self._retire()
             return True
         finally:
             guard.__exit__(None, None, None)
+
+    def _retire(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock:
+            lock.release()
 
     async def _sweep_contexts(self) -> None:
         """Close contexts that no run has recorded: what workers killed between making and recording them left."""
@@ -146,18 +196,43 @@ class Worker:
         room = MAX_RUNNING - sum(not attempt.waiting for attempt in self._attempts.values())
         if room <= 0:
             return
+        takeable, held_before = await self._takeable(), self._held_before()
         # Nobody rings for what this very process has written.
         await self._look_at(set(await self._store.expire_due()))
-        dead = await self._dead()
-        if not await self._store.wanting(dead):
+        if not await self._store.wanting(takeable, held_before=held_before, only=self._only):
             return
-        for run_id, epoch in await self._store.claim(self.id, dead, min(room, CLAIM_AT_ONCE)):
-            task = asyncio.create_task(self._carry(run_id, epoch), name=f"run {run_id}")
-            self._tasks[run_id] = task
-            task.add_done_callback(partial(self._forget, run_id))
+        limit = min(room, CLAIM_AT_ONCE)
+        claimed = await self._store.claim(self.id, takeable, limit, held_before=held_before, only=self._only)
+        for run_id, epoch in claimed:
+            self.take(run_id, epoch)
 
-    async def _dead(self) -> list[str]:
-        return await self._leases.over(but=self.id)
+    def take(self, run_id: str, epoch: int) -> None:
+        """Execute a run that is this worker's since `epoch`."""
+        task = asyncio.create_task(self._carry(run_id, epoch), name=f"run {run_id}")
+        self._tasks[run_id] = task
+        task.add_done_callback(partial(self._forget, run_id))
+
+    async def _takeable(self) -> list[str]:
+        """The owners whose runs this worker may take up by itself."""
+        over = await self._leases.over(but=self.id)
+        if self._settings.take_up:
+            return over
+        await self._store.orphan_idle(over)
+        return []
+
+    def _held_before(self) -> datetime:
+        return self._store.now() - timedelta(seconds=self._settings.hold)
+
+    def _release_idle(self) -> None:
+        """Drop the coroutines of runs that have waited for a while: an answer replays them as well."""
+        now = time.monotonic()
+        for attempt in list(self._attempts.values()):
+            if not attempt.waiting or attempt.run.hijack:
+                attempt.waiting_since = None
+            elif attempt.waiting_since is None:
+                attempt.waiting_since = now
+            elif now - attempt.waiting_since >= self._settings.worker_idle and not attempt.suspending:
+                attempt.suspending = asyncio.create_task(self._release(attempt, "it waits"))
 
     def _forget(self, run_id: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(run_id) is task:
@@ -173,17 +248,33 @@ class Worker:
         run = await self._store.run(run_id)
         while True:
             if run.ended:
-                await self._close_pages_of(run, epoch)
+                await self._close_pages_of(run)
+                await self._let_go(run, epoch)
                 return
+            if run.idle:
+                await self._park(run, epoch)
+                if run.owner != self.id:
+                    return
             try:
                 if run.crashes >= MAX_CRASHES:
                     raise WorkerCrashed(_crashed(run))
+                if run.losses >= MAX_LOSSES:
+                    raise PageGone(_lost(run))
                 workflow, line_of = await self._resolve(run)
             except FlowError as error:
                 await self._refuse(run, epoch, error)
                 return
             attempt = Attempt(
-                self._settings, self._store, run, epoch, workflow, line_of, self._open_session, self._announce
+                self._settings,
+                self._store,
+                run,
+                epoch,
+                workflow,
+                line_of,
+                self._open_session,
+                self._announce,
+                self._lease_is_fresh,
+                self._slots,
             )
             self._attempts[run_id] = attempt
             try:
@@ -200,15 +291,50 @@ class Worker:
             had_session = attempt.pages.session is not None
             await attempt.pages.close()
             if run.pages:
-                if not had_session:
-                    await self._close_pages_of(run, epoch)
-                else:
+                if had_session:
                     await self._append_quietly(run, ev.PageClosed())
-            self._announce(run.run_id)
+                else:
+                    await self._close_pages_of(run)
+            await self._let_go(run, epoch)
             return True
         await attempt.detach()
-        again = outcome == "suspended" and run.owner == self.id and not run.active and not self._stopping.is_set()
-        return not again
+        if outcome != "suspended" or run.owner != self.id or run.active or self._stopping.is_set():
+            return True
+        if run.idle:
+            # Its page was lost while it waited: whoever answers wakes it, and the page is rebuilt then.
+            await self._append_quietly(run, ev.RunReleased(reason="its page was lost"), epoch)
+        return run.idle
+
+    async def _let_go(self, run: Run, epoch: int) -> None:
+        """Forget what an ended run's pages held, and say that nobody has it any more."""
+        await self._store.drop_checkpoint(run.run_id)
+        if run.awaits_owner:
+            await self._append_quietly(run, ev.RunReleased(reason=f"it is {run.status}"), epoch)
+        self._announce(run.run_id)
+
+    async def _park(self, run: Run, epoch: int) -> None:
+        """Close the page of a run that has held it without use, after a last checkpoint."""
+        checkpoint = await self._store.load_checkpoint(run.run_id)
+        half_rebuilt = checkpoint is not None and json.loads(checkpoint[1]).get("rebuilding")
+        session: Session | None = None
+        with contextlib.suppress(FlowError):  # the page may be gone already; the checkpoint before is the last then
+            kept = Checkpoint(json.loads(checkpoint[0])) if checkpoint else None
+            if hosts.living(self._settings):  # a browser is not started in order to close a page of it
+                session = await self._open_session(run, lambda *_: None, kept)
+            if session and session.state == "reattached" and not half_rebuilt:
+                places, data = await look(session)
+                await self._store.save_checkpoint(run.run_id, places, data, epoch)
+        try:
+            await self._store.append(run.run_id, ev.RunParked(), epoch=epoch)
+        except (IllegalEvent, LeaseLost):  # an answer or a hijack came first, and has the page
+            if session:
+                await session.detach()
+            if run.idle:
+                await self._append_quietly(run, ev.RunReleased(reason="it was not parked"), epoch)
+            return
+        if session:
+            await session.close()
+        self._announce(run.run_id)
 
     async def _refuse(self, run: Run, epoch: int, error: FlowError) -> None:
         """Fail a run whose code can't be had, before any browser starts."""
@@ -235,18 +361,32 @@ class Worker:
 
     async def _open_session(self, run: Run, on_event: OnEvent, checkpoint: Checkpoint | None) -> Session:
         assert run.created
-        host = await hosts.ensure(self._settings, headless=run.created.headless)
-        return await Session.open(
-            self._driver,
-            host,
-            known=[PageRecord(name, target_id) for name, target_id in run.pages.items()],
-            checkpoint=checkpoint,
-            viewport=run.created.viewport or self._settings.viewport,
-            folder=private_folder(self._settings.run_folder(run.run_id)),
-            on_event=on_event,
-        )
+        before = run.taken_from
+        for _ in range(OPEN_TRIES):
+            host = await hosts.ensure(self._settings, headless=run.created.headless)
+            try:
+                return await Session.open(
+                    self._driver,
+                    host,
+                    known=[PageRecord(name, target_id) for name, target_id in run.pages.items()],
+                    checkpoint=checkpoint,
+                    viewport=run.created.viewport or self._settings.viewport,
+                    folder=private_folder(self._settings.run_folder(run.run_id)),
+                    on_event=on_event,
+                    # A library process that stands still is not killed, and may go on at any moment.
+                    fence=bool(before and presence.is_library(before) and presence.is_alive(self._settings, before)),
+                    host_lives=partial(self._lives, host),
+                )
+            except BrowserUnavailable:
+                # A host may die between its answer and our connection, which waits for the driver's start.
+                if self._lives(host):
+                    raise
+        raise BrowserUnavailable(f"The browser host died {OPEN_TRIES} times in a row; look at logs/host.log.")
 
-    async def _close_pages_of(self, run: Run, epoch: int) -> None:
+    def _lives(self, host: HostInfo) -> bool:
+        return host in hosts.living(self._settings)
+
+    async def _close_pages_of(self, run: Run) -> None:
         """Close the context of a run that has ended, if its browser still lives."""
         assert run.created
         for host in hosts.living(self._settings):
@@ -257,9 +397,12 @@ class Worker:
                     break
         await self._append_quietly(run, ev.PageClosed())
 
-    async def _append_quietly(self, run: Run, event: ev.Event) -> None:
+    async def _append_quietly(self, run: Run, event: ev.Event, epoch: int | None = None) -> None:
         with contextlib.suppress(FlowError):  # someone else has tidied up already
-            await self._store.append(run.run_id, event)
+            await self._store.append(run.run_id, event, epoch=epoch)
+
+    def _lease_is_fresh(self, since: float) -> bool:
+        return self._heart is None or self._heart.is_fresh(since)
 
     # --- from outside ---
 
@@ -267,7 +410,7 @@ class Worker:
         """Take note of what others wrote about the runs that this worker has."""
         for run_id in run_ids:
             attempt = self._attempts.get(run_id)
-            if attempt is None:
+            if attempt is None or attempt.suspending:
                 continue
             run = await self._store.run(run_id)
             if run.owner != self.id or (run.ended and not attempt.finishing):
@@ -331,12 +474,12 @@ class _Heart:
         self._runs_of = runs_of
         self._main = threading.get_ident()
         self._ended = threading.Event()
-        self._answered = time.monotonic()
+        self._answered = self._beaten = time.monotonic()
+        self._woke = 0.0
         self._reported = False
         self._thread = threading.Thread(target=self._beat, name="mcp-flow heart", daemon=True)
 
     def start(self) -> None:
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -345,14 +488,27 @@ class _Heart:
 
     def _beat(self) -> None:
         next_beat = 0.0
-        while not self._ended.wait(0.5):
+        every = min(BEAT, self._settings.lease / 4)
+        while not self._ended.wait(min(0.5, every)):
             now = time.monotonic()
-            if now >= next_beat:
-                self._store.beat(self._worker)
-                next_beat = now + BEAT
+            silent = now - self._answered
+            newly_blocked = silent >= BLOCKED_SECONDS and not self._reported
+            if now >= next_beat or newly_blocked:
+                if now - self._beaten >= self._settings.lease / 2:
+                    self._woke = now
+                self._store.beat(self._worker, silent)
+                self._beaten = now
+                next_beat = now + every
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._answer)
-            self._judge(now - self._answered)
+            self._judge(silent)
+
+    def is_fresh(self, since: float) -> bool:
+        """Whether the counter has risen so steadily since then that nobody can have taken the lease for expired.
+
+        After a standstill this thread may be the first to go on: that it beats again says nothing of what it missed.
+        """
+        return self._woke <= since and time.monotonic() - self._beaten < self._settings.lease / 2
 
     def _answer(self) -> None:
         self._answered = time.monotonic()
@@ -363,7 +519,7 @@ class _Heart:
             faulthandler.dump_traceback(all_threads=True)
             sys.stderr.write(f"The event loop stood still for {silent:.0f} s; the worker ends itself.\n")
             os._exit(70)
-        if silent >= BLOCKED_AFTER and not self._reported:
+        if silent >= BLOCKED_SECONDS and not self._reported:
             self._reported = True
             for run_id, file, line in self._runs_of(_frames(sys._current_frames().get(self._main))):
                 self._store.append_from_thread(run_id, ev.WorkerBlocked(seconds=round(silent, 1), file=file, line=line))
@@ -383,6 +539,14 @@ def _crashed(run: Run) -> str:
     return (
         f"{run.crashes} workers in a row died while they executed this run{f' at step {steps}' if steps else ''}. "
         "Mend what ends the process, then resume the run."
+    )
+
+
+def _lost(run: Run) -> str:
+    steps = ", ".join(step.key for step in run.running_steps())
+    return (
+        f"The run's pages were lost {run.losses} times in a row{f' at step {steps}' if steps else ''}: the browser "
+        "ended, or a page crashed. Look at logs/host.log in the home folder, then resume the run."
     )
 
 

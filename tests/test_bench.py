@@ -16,6 +16,16 @@ ROWS = (
     "the same from claim to journaled end",
     "process start to initialize reply",
     "one-page run, start_run to finished",
+    "worker's death to next step, live page",
+    "neither imports nor the driver's start",
+    "answer to next step's end, parked run",
+    "the same, run that waits with its page",
+    "memory of 50 waiting runs",
+    "CPU of worker and server, 50 waiting",
+    "CPU of an idle server, the worker gone",
+    "command in one process, next step in another",
+    "a click as a step, its page kept",
+    "checkpoints written",
 )
 
 
@@ -24,7 +34,7 @@ def test_a_quick_run_of_the_benchmark_prints_the_machine_the_pragmas_and_every_r
         [sys.executable, str(BENCH), "--quick", "--folder", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
         check=True,
     )
     assert "SQLite" in ran.stdout.splitlines()[0]

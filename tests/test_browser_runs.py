@@ -59,21 +59,31 @@ async def house(shared: House, request: pytest.FixtureRequest) -> AsyncIterator[
     await shared.tidy()
 
 
-async def look(house: House, run_id: str, script: str) -> object:
+@pytest.fixture(scope="module")
+async def driver() -> AsyncIterator[Driver]:
+    async with Driver() as driver:
+        yield driver
+
+
+async def look(driver: Driver, house: House, run_id: str, script: str) -> object:
     """What a script finds in the run's page, looked at from outside."""
     run = await house.control.run(run_id)
-    async with Driver() as driver:
-        [host] = hosts.living(house.settings)
-        page = await attach(driver, host, run.pages["main"])
+    [host] = hosts.living(house.settings)
+    page = await attach(driver, host, run.pages["main"])
+    try:
         return await page.evaluate(script)
+    finally:
+        await page.context.browser.close()  # the connection alone
 
 
-async def contexts(house: House) -> int:
+async def contexts(driver: Driver, house: House) -> int:
     """How many contexts the browser holds."""
-    async with Driver() as driver:
-        [host] = hosts.living(house.settings)
-        browser = await driver.connect(host.endpoint)
+    [host] = hosts.living(house.settings)
+    browser = await driver.connect(host.endpoint)
+    try:
         return len(browser.contexts)
+    finally:
+        await browser.close()
 
 
 async def stop(house: House) -> None:
@@ -83,7 +93,7 @@ async def stop(house: House) -> None:
     await hosts.stop(house.settings)
 
 
-async def test_text_in_a_page_survives_the_death_of_its_worker(house: House, site: str) -> None:
+async def test_text_in_a_page_survives_the_death_of_its_worker(house: House, driver: Driver, site: str) -> None:
     run_id = await house.start(
         """
         async def fill(page):
@@ -111,10 +121,12 @@ async def test_text_in_a_page_survives_the_death_of_its_worker(house: House, sit
     assert opened.name == "main"
     assert [event.state for event in await house.events(run_id, ev.PageAttached)] == ["reattached"]
     await house.event(run_id, ev.PageClosed)
-    assert await contexts(house) == 0
+    assert await contexts(driver, house) == 0
 
 
-async def test_a_failed_run_keeps_its_page_and_a_picture_and_goes_on_in_it(house: House, site: str) -> None:
+async def test_a_failed_run_keeps_its_page_and_a_picture_and_goes_on_in_it(
+    house: House, driver: Driver, site: str
+) -> None:
     run_id = await house.start(
         """
         @workflow
@@ -133,16 +145,16 @@ async def test_a_failed_run_keeps_its_page_and_a_picture_and_goes_on_in_it(house
     assert run.error.line == house.line_of('"#missing"')
     [picture] = run.error.artifacts
     assert (await anyio.Path(picture).read_bytes()).startswith(b"\x89PNG\r\n\x1a\n")
-    assert await look(house, run_id, "document.querySelector('#name').value") == "Ada"
+    assert await look(driver, house, run_id, "document.querySelector('#name').value") == "Ada"
     house.edit('"#missing", timeout=100', '"button"')
     await house.resume(run_id)
     assert await house.finished(run_id) == "Ada"
     await house.event(run_id, ev.PageClosed)
-    assert await contexts(house) == 0
+    assert await contexts(driver, house) == 0
 
 
 async def test_a_cancelled_run_closes_its_page_whether_it_runs_or_waits_without_a_worker(
-    house: House, site: str
+    house: House, driver: Driver, site: str
 ) -> None:
     source = """
         @workflow
@@ -157,51 +169,47 @@ async def test_a_cancelled_run_closes_its_page_whether_it_runs_or_waits_without_
     waiting = await house.again({"site": site, "hold": False})
     await house.event(running, ev.StepStarted, lambda event: event.key == "hold#1")
     await house.waiting(waiting, "paused")
-    assert await contexts(house) == 2
+    assert await contexts(driver, house) == 2
     await house.control.cancel(running, AGENT, "enough")
     await house.event(running, ev.PageClosed)
-    assert await contexts(house) == 1
+    assert await contexts(driver, house) == 1
     await house.kill()
     await house.control.cancel(waiting, AGENT, "enough")
     await house.event(waiting, ev.PageClosed)
-    assert await contexts(house) == 0
+    assert await contexts(driver, house) == 0
 
 
 async def test_after_a_stop_the_page_is_rebuilt_with_its_cookies_and_restore_steps_run_again(
     house: House, site: str
 ) -> None:
-    run_id = await house.start(
-        """
-        async def sign_in(page):
-            did("sign in at " + page.url.rpartition("/")[2])
+    source = """
+        async def sign_in(page, who):
+            did(f"{who} signs in at " + page.url.rpartition("/")[2])
             await page.evaluate("window.signed = true")
 
         @workflow
-        async def main(flow: Flow, site: str) -> list:
+        async def main(flow: Flow, site: str, who: str, further: bool) -> list:
             page = await flow.page()
             await flow.step("open", page.goto, site + "/enter")
-            await flow.step("sign in", sign_in, page, restore=True)
-            if is_open("further"):
+            await flow.step("sign in", sign_in, page, who, restore=True)
+            if further:
                 await flow.step("further", page.goto, site + "/cart")
             await flow.approve("Go?")
             seen = await flow.step("look", page.evaluate, "[location.href, document.cookie, window.signed || false]")
             return [*seen, flow.attempt]
-        """,
-        {"site": site},
-    )
-    request = await house.waiting(run_id, "waiting-approval")
+        """
+    stayed = await house.start(source, {"site": site, "who": "one", "further": False})
+    went_on = await house.again({"site": site, "who": "other", "further": True})
+    requests = [await house.waiting(run_id, "waiting-approval") for run_id in (stayed, went_on)]
     await stop(house)
-    assert (await house.control.run(run_id)).status == "waiting-approval"
-    await house.approve(request)
-    assert await house.finished(run_id) == [f"{site}/enter", "who=ada", True, 2]
-    assert house.did() == ["sign in at enter"] * 2
-    assert [event.state for event in await house.events(run_id, ev.PageAttached)] == ["restored"]
-    house.open("further")
-    run_id = await house.again({"site": site})
-    request = await house.waiting(run_id, "waiting-approval")
-    await stop(house)
-    await house.approve(request)
-    assert await house.finished(run_id) == [f"{site}/cart", "who=ada", False, 2]
+    for run_id, request in zip((stayed, went_on), requests, strict=True):
+        assert (await house.control.run(run_id)).status == "waiting-approval"
+        await house.approve(request)
+    assert await house.finished(stayed) == [f"{site}/enter", "who=ada", True, 2]
+    assert await house.finished(went_on) == [f"{site}/cart", "who=ada", False, 2]
+    assert sorted(house.did()) == ["one signs in at enter"] * 2 + ["other signs in at enter"] * 2
+    for run_id in (stayed, went_on):
+        assert [event.state for event in await house.events(run_id, ev.PageAttached)] == ["restored"]
 
 
 async def test_a_page_whose_rebuilding_failed_is_rebuilt_by_the_next_attempt(house: House, site: str) -> None:
@@ -234,7 +242,9 @@ async def test_a_page_whose_rebuilding_failed_is_rebuilt_by_the_next_attempt(hou
     assert house.did() == ["sign in"] * 2
 
 
-async def test_a_hijack_stops_a_run_at_its_next_action_and_resume_lets_it_go_on(house: House, site: str) -> None:
+async def test_a_hijack_stops_a_run_at_its_next_action_and_resume_lets_it_go_on(
+    house: House, driver: Driver, site: str
+) -> None:
     run_id = await house.start(
         """
         async def add(page):
@@ -262,8 +272,8 @@ async def test_a_hijack_stops_a_run_at_its_next_action_and_resume_lets_it_go_on(
         str(house.file),
         house.line_of('page.click("button")'),
     )
-    count = await look(house, run_id, "window.count || 0")
-    assert await look(house, run_id, "window.count || 0") == count
+    count = await look(driver, house, run_id, "window.count || 0")
+    assert await look(driver, house, run_id, "window.count || 0") == count
     await house.resume(run_id)
     await house.event(run_id, ev.HijackReleased)
     house.open("enough")
@@ -295,7 +305,7 @@ async def test_a_hijacked_action_gives_way_to_repaired_code_at_once(house: House
     assert await house.finished(run_id, seconds=6) == [f"{site}/", 2]
 
 
-async def test_a_hijack_stops_a_run_between_its_steps(house: House, site: str) -> None:
+async def test_a_hijack_stops_a_run_between_its_steps(house: House, driver: Driver, site: str) -> None:
     run_id = await house.start(
         """
         @workflow
@@ -317,7 +327,7 @@ async def test_a_hijack_stops_a_run_between_its_steps(house: House, site: str) -
     assert run.hijack.stopped
     assert run.steps["hold#1"].status == "finished"
     assert house.did() == []
-    await look(house, run_id, "document.querySelector('button').click()")
+    await look(driver, house, run_id, "document.querySelector('button').click()")
     await house.resume(run_id)
     assert await house.finished(run_id) == "done"
 

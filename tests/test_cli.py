@@ -15,10 +15,12 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+from click.testing import CliRunner
 from clients import call, processes, stop, until
 from mcp import Client
 
 from mcp_flow import config
+from mcp_flow.cli import main
 from mcp_flow.config import Settings
 from mcp_flow.server import build
 
@@ -48,9 +50,15 @@ async def named(flow: Flow) -> str:
 
 
 @workflow
+async def word(flow: Flow) -> str:
+    """Ask anyone for a word."""
+    return await flow.ask("Which word?", str)
+
+
+@workflow
 async def counted(flow: Flow) -> int:
-    """Ask a person for a number."""
-    return await flow.ask("How many?", int, by="human")
+    """Ask anyone for a number."""
+    return await flow.ask("How many?", int)
 
 
 @workflow
@@ -80,7 +88,7 @@ async def client(home: Settings) -> AsyncIterator[Client]:
 
 
 async def typed(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command without a terminal."""
+    """A command without a terminal, in a process of its own."""
     command = [sys.executable, "-m", "mcp_flow", *arguments]
     environment = settings.environment() | dict(os.environ) | {"COLUMNS": "200"}
     return await anyio.to_thread.run_sync(
@@ -88,6 +96,15 @@ async def typed(settings: Settings, *arguments: str) -> subprocess.CompletedProc
             command, capture_output=True, text=True, timeout=60, env=environment, stdin=subprocess.DEVNULL
         )
     )
+
+
+async def invoked(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command without a terminal, in a thread of this process: what it says and how it ends, without its start."""
+    environment = settings.environment() | {"COLUMNS": "200"}
+    result = await anyio.to_thread.run_sync(lambda: CliRunner().invoke(main, arguments, env=environment))
+    # A process would show a traceback for any other exception.
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 async def at_terminal(settings: Settings, *arguments: str) -> tuple[int, str]:
@@ -124,7 +141,7 @@ async def test_runs_and_show_tell_what_the_tools_tell(home: Settings, client: Cl
     line = next(line for line in listed.stdout.splitlines() if "told" in line)
     assert "waiting-approval" in line
     assert "Pay 7?" in line
-    assert "told" not in (await typed(home, "runs", "--status", "failed")).stdout
+    assert "told" not in (await invoked(home, "runs", "--status", "failed")).stdout
 
     shown = json.loads((await typed(home, "show", "told", "--events")).stdout)
     assert {name: shown[name] for name in ("status", "next", "pending", "folder")} == {
@@ -141,7 +158,7 @@ async def test_runs_and_show_tell_what_the_tools_tell(home: Settings, client: Cl
 async def test_a_person_decides_at_a_terminal_and_nobody_without_one(home: Settings, client: Client) -> None:
     run = await call(client, "start_run", workflow="guarded")
     request = run["pending"][0]["request_id"]
-    refused(await typed(home, "approve", request), "Only a person", request)
+    refused(await invoked(home, "approve", request), "Only a person", request)
     assert (await call(client, "get_run", run_id=run["run_id"]))["status"] == "waiting-approval"
 
     status, shown = await at_terminal(home, "approve", request)
@@ -163,21 +180,21 @@ async def test_a_person_denies_with_a_note(home: Settings, client: Client) -> No
 async def test_a_person_answers_with_plain_text(home: Settings, client: Client) -> None:
     run = await call(client, "start_run", workflow="named")
     request = run["pending"][0]["request_id"]
-    refused(await typed(home, "answer", request, "Eve"), "Only a person")
+    refused(await invoked(home, "answer", request, "Eve"), "Only a person")
     status, shown = await at_terminal(home, "answer", request, "Ada")
     assert (status, "Answered" in shown) == (0, True), shown
     assert (await call(client, "get_run", run_id=run["run_id"], wait_s=20))["output"] == "Ada"
 
 
 @pytest.mark.parametrize(
-    ("workflow", "given", "taken"), [("named", "42", "42"), ("named", '"Ada"', "Ada"), ("counted", "42", 42)]
+    ("workflow", "given", "taken"), [("word", "42", "42"), ("word", '"Ada"', "Ada"), ("counted", "42", 42)]
 )
 async def test_an_answer_is_read_as_its_question_wants_it(
     home: Settings, client: Client, workflow: str, given: str, taken: str | int
 ) -> None:
     run = await call(client, "start_run", workflow=workflow)
-    status, shown = await at_terminal(home, "answer", run["pending"][0]["request_id"], given)
-    assert status == 0, shown
+    done = await invoked(home, "answer", run["pending"][0]["request_id"], given)
+    assert done.returncode == 0, done
     assert (await call(client, "get_run", run_id=run["run_id"], wait_s=20))["output"] == taken
 
 
@@ -208,6 +225,15 @@ async def test_cancel_stops_a_run_for_good(home: Settings, client: Client) -> No
 )
 async def test_what_is_wrong_is_told_in_one_line(home: Settings, wrong: tuple[str, str]) -> None:
     command, said = wrong
+    refused(await invoked(home, *command.split()), said)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("show nobody", "Error: There is no run 'nobody'"), ("runs --colour", "--colour")]
+)
+async def test_a_process_that_is_asked_for_what_is_wrong_fails_without_a_traceback(
+    home: Settings, command: str, said: str
+) -> None:
     refused(await typed(home, *command.split()), said)
 
 
@@ -267,7 +293,7 @@ async def test_projections_that_lie_are_made_true_again(home: Settings, client: 
     with closing(sqlite3.connect(home.database)) as database, database:
         database.execute("UPDATE run_rows SET status = 'finished', workflow = 'other'")
         database.execute("DELETE FROM request_rows")
-    assert (await typed(home, "rebuild")).returncode == 0
+    assert (await invoked(home, "rebuild")).returncode == 0
     assert await views(client) == before
     await call(client, "cancel", run_id=run["run_id"], reason="seen")
 
@@ -282,7 +308,7 @@ async def test_verify_names_the_first_event_that_was_changed(home: Settings, cli
             "UPDATE events SET data = replace(data, 'Pay 7?', 'Pay 1?') WHERE type = 'request.opened' AND run ="
             " (SELECT no FROM journals WHERE run_id = 'tampered') RETURNING seq"
         ).fetchall()
-    refused(await typed(home, "verify", "tampered"), f"event {changed[0][0]} (request.opened) was changed")
+    refused(await invoked(home, "verify", "tampered"), f"event {changed[0][0]} (request.opened) was changed")
 
 
 async def test_stop_leaves_nothing_behind_and_runs_go_on_when_asked(
@@ -298,7 +324,7 @@ async def test_stop_leaves_nothing_behind_and_runs_go_on_when_asked(
     done = await typed(settings, "stop")
     assert done.stdout == "Ended 1 worker(s) and 1 browser host(s). Runs go on when something asks for them.\n"
     await until(lambda: not processes(settings.home), 5)
-    assert (await typed(settings, "stop")).stdout.startswith("Ended 0 worker(s) and 0 browser host(s).")
+    assert (await invoked(settings, "stop")).stdout.startswith("Ended 0 worker(s) and 0 browser host(s).")
     async with Client(build(settings)) as client:
         assert (await call(client, "get_run", run_id=run["run_id"]))["status"] == "paused"
         run = await call(client, "resume", run_id=run["run_id"])

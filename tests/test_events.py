@@ -45,6 +45,8 @@ _BY_ANNOTATION: dict[Any, st.SearchStrategy[Any]] = {
     dict[str, Any] | None: st.none() | st.dictionaries(texts, json_values, max_size=3),
     tuple[int, int] | None: st.none() | st.tuples(st.integers(), st.integers()),
     ev.Failure: failures,
+    ev.RequestOpened: st.deferred(lambda: instances(ev.RequestOpened)),
+    list[str]: st.lists(texts, max_size=3),
 }
 
 
@@ -83,6 +85,7 @@ def test_the_stored_form_is_one_line_of_json_without_defaults(event: ev.Event) -
 def test_the_names_of_the_events_are_frozen() -> None:
     assert sorted(ev.TYPES) == [
         "artifact.kept",
+        "attempt.compared",
         "attempt.idled",
         "attempt.started",
         "hijack.released",
@@ -91,12 +94,14 @@ def test_the_names_of_the_events_are_frozen() -> None:
         "page.attached",
         "page.closed",
         "page.evaluated",
+        "page.lost",
         "page.observed",
         "page.opened",
         "progress.reported",
         "request.answered",
         "request.expired",
         "request.opened",
+        "request.shared",
         "request.withdrawn",
         "run.cancelled",
         "run.claimed",
@@ -104,12 +109,16 @@ def test_the_names_of_the_events_are_frozen() -> None:
         "run.failed",
         "run.finished",
         "run.hijacked",
+        "run.orphaned",
+        "run.parked",
         "run.released",
         "run.resumed",
+        "step.doubted",
         "step.failed",
         "step.finished",
         "step.nondeterministic",
         "step.reset",
+        "step.shared",
         "step.started",
         "value.recorded",
         "worker.blocked",

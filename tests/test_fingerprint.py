@@ -303,3 +303,66 @@ def plain(*args: object) -> None: ...
 @pytest.mark.parametrize("args", [(), (1,), ("a", None, True), (1, "é")])
 def test_a_call_with_plain_values_has_the_fingerprint_of_its_canonical_form(args: tuple[Any, ...]) -> None:
     assert fingerprint.of_call(plain, args) == fingerprint.of([args])
+
+
+def code_of(source: str) -> str:
+    """The hash of the function `f` that some source defines."""
+    names: dict[str, Any] = {"functools": functools}
+    exec(compile(source, "flow.py", "exec"), names)
+    return fingerprint.of_code(names["f"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("def f(): return 1", "\n\ndef f():\n    # a remark\n    return 1"),
+        ("f = lambda: [n + 1 for n in (1, 2)]", "x = 5\nf = lambda: [\n    n + 1\n    for n in (1, 2)\n]"),
+        ("def f(): return 1", "def g(): return 1\nf = functools.partial(functools.partial(g))"),
+        (
+            "def f(a):\n    def g():\n        return a\n    return g",
+            "def f(a):\n\n    def g():\n\n        return a\n\n    return g",
+        ),
+    ],
+    ids=["lines and remarks", "lines of a lambda", "partials", "lines of a function within"],
+)
+def test_code_that_only_stands_elsewhere_is_the_same(one: str, other: str) -> None:
+    assert code_of(one) == code_of(other) != ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("f = lambda: 1", "f = lambda: 2"),
+        ("f = lambda: 1", "f = lambda: 1.0"),
+        ("f = lambda: 1", "f = lambda: True"),
+        ("f = lambda: 'a'", "f = lambda: b'a'"),
+        ("f = lambda: (lambda: 1)", "f = lambda: (lambda: 2)"),
+        ("f = lambda x: x in {1, 2}", "f = lambda x: x in {1, 3}"),
+        ("f = lambda x: x in (1, 2)", "f = lambda x: x in (2, 1)"),
+        ("f = lambda x: x.save()", "f = lambda x: x.load()"),
+        ("f = lambda x, y: x - y", "f = lambda x, y: y - x"),
+        ("def f(): return 1", "async def f(): return 1"),
+    ],
+)
+def test_code_that_does_something_else_is_another(one: str, other: str) -> None:
+    assert code_of(one) != code_of(other)
+
+
+def test_what_is_not_the_authors_code_has_none() -> None:
+    others: list[Callable[..., Any]] = [print, str, list[int]().append, functools.partial(len)]
+    assert [fingerprint.of_code(fn) for fn in others] == [""] * 4
+
+
+def test_the_hash_of_code_does_not_depend_on_the_seed_of_hashing() -> None:
+    source = "from mcp_flow import fingerprint\nprint(fingerprint.of_code(lambda x: x in {'a', 'b', 'c', 'd'}))"
+    path = {"PYTHONPATH": str(Path(fingerprint.__file__).parents[1])}
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", source],
+            env=os.environ | {"PYTHONHASHSEED": seed, **path},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(hashes) == 1

@@ -957,7 +957,10 @@ async def test_a_running_run_can_be_cancelled_and_does_nothing_more(house: House
     assert run.reason == "enough"
     await house.stop_working()
     assert house.did() == []
-    assert (await house.control.events(run_id, 0, 100))[-1].event == ev.RunCancelled(reason="enough", by="agent")
+    ended, released = (await house.control.events(run_id, 0, 100))[-2:]
+    assert ended.event == ev.RunCancelled(reason="enough", by="agent")
+    assert isinstance(released.event, ev.RunReleased)
+    assert (await house.control.run(run_id)).owner is None
 
 
 async def test_a_cancelled_waiting_run_withdraws_its_requests(house: House) -> None:

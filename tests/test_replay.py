@@ -20,6 +20,7 @@ CREATED = ev.RunCreated(workflow="w", function="w", root="/", entry="w.py", revi
 CLAIMED = ev.RunClaimed(worker="w-1")
 FAILURE = ev.Failure(type="ValueError", message="no")
 FAILED = ev.RunFailed(error=FAILURE)
+DOUBTED = ev.StepDoubted(key="a#1", reason="asked for")
 OWNED = (
     ev.AttemptStarted, ev.AttemptIdled, ev.RunFailed, ev.StepStarted, ev.StepFinished, ev.StepFailed,
     ev.ValueRecorded, ev.RequestOpened, ev.RunClaimed,
@@ -77,6 +78,19 @@ STEPS: list[tuple[str, Sequence[ev.Event], bool, type | None]] = [
     ("started as once, now plain", [*attempt(), started(once=True), *again("r2")], False, Doubt),
     ("once that raised", [*attempt(), started(once=True), failed(), *again()], True, Doubt),
     ("once that raised Retriable", [*attempt(), started(once=True), failed(effect_free=True), *again()], True, Execute),
+    ("finished once, doubted", [*attempt(), started(once=True), finished(), DOUBTED, *again()], True, Doubt),
+    (
+        "finished once, doubted, now plain",
+        [*attempt(), started(once=True), finished(), DOUBTED, *again()],
+        False,
+        Doubt,
+    ),
+    (
+        "finished once, doubted and reset",
+        [*attempt(), started(once=True), finished(), DOUBTED, FAILED, reset(), *again()[1:]],
+        True,
+        Execute,
+    ),
     ("reset", [*attempt(), started(), finished(), FAILED, reset(), *again()[1:]], False, Execute),
     ("once, reset", [*attempt(), started(once=True), FAILED, reset(), *again()[1:]], True, Execute),
     (

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -12,11 +13,12 @@ from types import ModuleType
 import anyio
 import pytest
 
+from mcp_flow import config
 from mcp_flow.catalog import Catalog, Reader
 from mcp_flow.config import Settings
 from mcp_flow.definition import workflows_in
 from mcp_flow.errors import BrokenWorkflow, InvalidInput, UnknownWorkflow
-from mcp_flow.revisions import capture, find_files, load, source_line
+from mcp_flow.revisions import capture, diff, find_files, load, source_line
 from mcp_flow.scan import notes
 
 Write = Callable[..., Path]
@@ -31,10 +33,19 @@ HELLO = """
 """
 
 
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """One folder of workflows for all tests, because a reader reads but one."""
+    folder = tmp_path_factory.mktemp("revisions")
+    return config.load(home=folder / "home", workflows=folder / "workflows")
+
+
 @pytest.fixture
-def root(settings: Settings) -> Path:
+def root(settings: Settings) -> Iterator[Path]:
+    """The folder of workflows, empty."""
     settings.workflows.mkdir()
-    return settings.workflows
+    yield settings.workflows
+    shutil.rmtree(settings.workflows, ignore_errors=True)
 
 
 @pytest.fixture
@@ -48,8 +59,9 @@ def write(root: Path) -> Write:
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def reader(settings: Settings) -> AsyncIterator[Reader]:
+    """A reader that tests share, since its child takes longer to start than to read."""
     async with Reader(settings) as opened:
         yield opened
 
@@ -302,7 +314,7 @@ async def test_files_that_break_in_every_way_leave_the_others_listed(settings: S
     broken = {
         "hang.py": (
             "import time\nwhile True: time.sleep(9)",
-            "hang.py:3: it did not import within 2 s; it stands at",
+            "hang.py:3: it did not import within 1 s; it stands at",
         ),
         "exit.py": ("import os\nos._exit(1)", "exit.py:3: it ended its process at import with status 1"),
         "silent.py": ("import os\nos._exit(0)", "silent.py:3: it ended its process at import with status 0"),
@@ -315,7 +327,7 @@ async def test_files_that_break_in_every_way_leave_the_others_listed(settings: S
     }
     for name, (source, _) in broken.items():
         write(name, uses + source)
-    async with Reader(settings, limit=2.0) as reader:
+    async with Reader(settings, limit=1.0) as reader:
         catalog = await reader.catalog()
     assert list(catalog.workflows) == ["hello", "noisy"]
     assert {Path(found.file).name for found in catalog.broken} == broken.keys()
@@ -459,7 +471,7 @@ async def test_several_requests_at_once_get_their_own_answers(reader: Reader, wr
 
 async def test_a_cancelled_request_leaves_the_reader_usable(settings: Settings, write: Write) -> None:
     write("hang.py", "from mcp_flow import workflow\nwhile True: pass")
-    async with Reader(settings, limit=1) as reader:
+    async with Reader(settings, limit=0.5) as reader:
         await reader.warm()
         with anyio.move_on_after(0.1) as scope:
             await reader.catalog()
@@ -490,3 +502,23 @@ def _runs(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_a_difference_names_files_that_changed_came_and_went_and_nothing_else() -> None:
+    before = {"flow.py": b"a = 1\nb = 2\n", "lib/same.py": b"x\n", "lib/old.py": b"gone\n"}
+    after = {"flow.py": b"a = 1\nb = 3\n", "lib/same.py": b"x\n", "lib/new.py": "\u00fc\n".encode()}
+    text = diff(before, after, 4000)
+    assert "--- a/flow.py\n+++ b/flow.py\n" in text
+    assert "-b = 2\n+b = 3" in text
+    assert "-gone" in text
+    assert "+\u00fc" in text
+    assert "same" not in text
+    assert diff(before, before, 4000) == ""
+
+
+def test_a_long_difference_is_cut_at_a_line_and_says_how_long_it_is() -> None:
+    text = diff({}, {"flow.py": b"".join(b"line = %d\n" % n for n in range(500))}, 100)
+    assert len(text) < 150
+    *lines, last = text.splitlines()
+    assert lines[-1].startswith("+line = ")
+    assert last == "\u2026 (cut: 503 lines in all)"

@@ -13,7 +13,7 @@ import anyio
 import pytest
 from harness import AGENT, House, open_house
 
-from mcp_flow import config, presence
+from mcp_flow import config, presence, worker
 from mcp_flow import events as ev
 
 pytestmark = pytest.mark.anyio
@@ -148,7 +148,8 @@ async def test_a_worker_killed_while_a_run_waits_leaves_it_waiting(house: House)
     assert await house.finished(run_id) == ["this", 2]
 
 
-async def test_an_idle_worker_leaves_and_releases_what_waits(house: House) -> None:
+async def test_an_idle_worker_leaves_and_releases_what_waits(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "POLL", 60.0)  # it must not leave before it has had the run
     await house.working(worker_idle=0.1)
     leaving = house.work()
     run_id = await house.start(
@@ -159,6 +160,8 @@ async def test_an_idle_worker_leaves_and_releases_what_waits(house: House) -> No
         """
     )
     await house.waiting(run_id, "waiting-input")
+    monkeypatch.setattr(worker, "POLL", 0.05)
+    presence.ring(house.settings, run_id)
     await gone(leaving)
     run = await house.control.run(run_id)
     assert (run.status, run.owner) == ("waiting-input", None)
@@ -250,47 +253,46 @@ async def test_code_that_swallows_its_cancellation_reaches_the_journal_no_more(h
     await house.stop_working()
     assert set(house.did()[:-1]) == {"swallowed"}
     assert house.did()[-1] == "CancelledError"
-    last = (await house.control.events(run_id, 0, 100))[-1].event
-    assert isinstance(last, ev.RunCancelled)
+    ended, released = (await house.control.events(run_id, 0, 100))[-2:]
+    assert isinstance(ended.event, ev.RunCancelled)
+    assert isinstance(released.event, ev.RunReleased)
 
 
-@pytest.mark.parametrize("exit", ["sys.exit(3)", "raise KeyboardInterrupt"])
-async def test_code_that_exits_fails_its_own_run_alone(house: House, exit: str) -> None:
-    run_id = await house.start(
-        f"""
-        import sys
-
-        @workflow
-        async def main(flow: Flow):
-            await flow.step("before", did, "before")
-            {exit}
-        """
-    )
-    run = await house.until(run_id, "failed")
-    assert run.error
-    assert run.error.type in ("SystemExit", "KeyboardInterrupt")
-    assert run.error.line == house.line_of(exit)
-    assert (run.attempt, len(house.detached())) == (1, 1)
-
-
-async def test_code_that_exits_in_a_step_fails_its_own_run_alone(house: House) -> None:
-    run_id = await house.start(
-        """
+async def test_code_that_exits_fails_its_own_run_alone(house: House) -> None:
+    source = """
         import sys
 
         async def leave():
             sys.exit("gone")
 
         @workflow
-        async def main(flow: Flow):
-            await asyncio.gather(flow.step("leave", leave), flow.step("thread", lambda: sys.exit(1)))
+        async def main(flow: Flow, how: str):
+            await flow.step("before", did, how)
+            if how == "exit":
+                sys.exit(3)
+            if how == "interrupt":
+                raise KeyboardInterrupt
+            if how == "step":
+                await asyncio.gather(flow.step("leave", leave), flow.step("thread", lambda: sys.exit(1)))
+            await until_open("end")
+            return flow.attempt
         """
-    )
-    run = await house.until(run_id, "failed")
-    assert run.error
-    assert run.error.type == "SystemExit", await house.story(run_id)
-    assert run.error.step == "leave"
-    assert (run.attempt, len(house.detached())) == (1, 1)
+    bystander = await house.start(source, {"how": "stay"})
+    await house.event(bystander, ev.StepFinished)
+    for how, type_, step, line in (
+        ("exit", "SystemExit", None, "sys.exit(3)"),
+        ("interrupt", "KeyboardInterrupt", None, "raise KeyboardInterrupt"),
+        ("step", "SystemExit", "leave", 'sys.exit("gone")'),
+    ):
+        run_id = await house.again({"how": how})
+        run = await house.until(run_id, "failed")
+        assert run.error
+        assert (run.error.type, run.error.step) == (type_, step), await house.story(run_id)
+        assert run.error.line == house.line_of(line)
+        assert run.attempt == 1
+    house.open("end")
+    assert await house.finished(bystander) == 1
+    assert len(house.detached()) == 1
 
 
 async def test_code_that_kills_its_process_does_not_do_so_for_ever(house: House) -> None:

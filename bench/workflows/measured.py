@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from itertools import count
 from typing import Any
 
 from mcp_flow import Flow, workflow
@@ -74,3 +75,90 @@ async def one_page(flow: Flow, url: str) -> str:
     page = await flow.page()
     await page.goto(url)
     return await flow.step("read title", read_title, page)
+
+
+LOOKS = count()
+
+
+async def look(page: Any) -> list[Any]:
+    """When the page answered, and whether it is the page that was marked; only the first of a process returns."""
+    if next(LOOKS):
+        await asyncio.Event().wait()
+    marked = await page.evaluate("window.marked === true")
+    return [time.perf_counter(), marked]
+
+
+@workflow
+async def survivor(flow: Flow, url: str, rounds: int) -> int:
+    """A page, and steps of which each needs a worker of its own."""
+    page = await flow.page()
+    await flow.step("open", page.goto, url)
+    await flow.step("mark", page.evaluate, "window.marked = true")
+    for number in range(rounds + 1):
+        await flow.step(f"look {number}", look, page)
+    return rounds
+
+
+async def read(page: Any) -> float:
+    """When the page answered."""
+    await page.evaluate("document.title")
+    return time.perf_counter()
+
+
+@workflow
+async def patient(flow: Flow, url: str, rounds: int) -> None:
+    """A page, then questions with a step after each."""
+    page = await flow.page()
+    await flow.step("open", page.goto, url)
+    for number in range(rounds):
+        await flow.approve(f"go on with {number}?")
+        await flow.step(f"look {number}", read, page)
+
+
+@workflow
+async def waiting(flow: Flow) -> bool:
+    """A step and a question, without a page."""
+    await flow.step("first", trivial, 1)
+    return bool(await flow.approve("go on?"))
+
+
+@workflow
+async def busy(flow: Flow) -> None:
+    """A step that does not end."""
+    await flow.step("work", asyncio.Event().wait)
+
+
+async def now() -> float:
+    """A step that says when it ran."""
+    return time.perf_counter()
+
+
+@workflow
+async def obedient(flow: Flow, rounds: int) -> None:
+    """Commands, and a step after each."""
+    for number in range(rounds):
+        await flow.approve(f"approve {number}?")
+        await flow.step(f"approved {number}", now)
+        await flow.pause(f"pause {number}")
+        await flow.step(f"resumed {number}", now)
+
+
+@workflow
+async def clicker(flow: Flow, url: str, clicks: int) -> list[float]:
+    """Seconds a click takes by itself and as a step, and the seconds that a look at the context's storage takes."""
+    page = await flow.page()
+    await page.goto(url)
+    button = page.get_by_role("button")
+    await button.click()
+    began = time.perf_counter()
+    for _ in range(clicks):
+        await button.click()
+    bare = time.perf_counter() - began
+    began = time.perf_counter()
+    for number in range(clicks):
+        await flow.step(f"click {number}", button.click)
+    stepped = time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in range(5):
+        await page.context.storage_state()
+    return [bare / clicks, stepped / clicks, (time.perf_counter() - began) / 5]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -19,6 +20,7 @@ import anyio
 from playwright.async_api import (
     Browser,
     BrowserContext,
+    CDPSession,
     Dialog,
     Download,
     Error,
@@ -41,6 +43,12 @@ OPEN_SECONDS = 30
 CLOSE_SECONDS = 5
 WATCH_SECONDS = 2
 RESPOND_SECONDS = 5
+ANSWER_SECONDS = 1.0
+"""How long code that listens to dialogs may take to answer one over which it stops."""
+MOST_DIALOGS = 20
+"""How many dialogs, one after another, are dismissed of a page that goes on asking."""
+BARRIER_SECONDS = 1.0
+BROWSER_ENDED = "the browser ended"
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,8 @@ class Session:
     """How the pages came about: new, found as they were, or to be rebuilt from the checkpoint."""
     pages: dict[str, Page]
     """The pages that have a name."""
+    on_dialog: Callable[[], None] | None = None
+    """Told of each dialog that opens, before anybody has answered it."""
 
     def __init__(
         self,
@@ -175,7 +185,9 @@ class Session:
         viewport: tuple[int, int],
         folder: Path,
         on_event: OnEvent,
+        host_lives: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._host_lives = host_lives
         self.state = "live"
         self.pages = {}
         self._browser = browser
@@ -187,9 +199,18 @@ class Session:
         self._making: asyncio.Task[BrowserContext] | None = None
         self._opening: dict[str, asyncio.Task[Page]] = {}
         self._ids: dict[Page, str] = {}
+        self._left: dict[str, str] = {}
+        self._naming = asyncio.Lock()
+        self._guards: dict[Page, CDPSession] = {}
+        self._dialogs: set[Page] = set()
+        self._dismissing: set[Page] = set()
+        self._answered = asyncio.Event()
+        self._answered.set()
+        self._saving: set[asyncio.Task[None]] = set()
         self._reports: set[asyncio.Task[None]] = set()
         self._on_paused: Callable[[PausedAt], None] | None = None
         self._ending = False
+        self._crashed: str | None = None
         browser.on("disconnected", lambda _: self._report_end())
 
     @classmethod
@@ -203,13 +224,29 @@ class Session:
         viewport: tuple[int, int],
         folder: Path,
         on_event: OnEvent,
+        fence: bool = False,
+        host_lives: Callable[[], bool] = lambda: True,
     ) -> Session:
-        """A session on the known pages if they live; else one whose pages are made when they are asked for."""
+        """A session on the known pages if they live; else one whose pages are made when they are asked for.
+
+        With `fence` another process may still act on the known pages: they are replaced, so that it reaches nothing.
+        `host_lives` says whether the host does: its browser may answer for a moment longer, while it closes its pages.
+        """
         browser = await driver.connect(host.endpoint)
-        session = cls(browser, checkpoint=checkpoint, viewport=viewport, folder=folder, on_event=on_event)
+        session = cls(
+            browser,
+            checkpoint=checkpoint,
+            viewport=viewport,
+            folder=folder,
+            on_event=on_event,
+            host_lives=host_lives,
+        )
         try:
             found = await _find(browser, {record.target_id for record in known})
-            if found and await session._take_over(found, known):
+            if found and fence:
+                session._checkpoint = await _fence(found, checkpoint)
+                session.state = "restored"
+            elif found and await session._take_over(found, known):
                 session.state = "reattached"
             elif known or checkpoint:
                 session.state = "restored"
@@ -218,17 +255,15 @@ class Session:
             raise
         return session
 
-    def others(self) -> list[Page]:
-        """The open pages that nobody has named: popups, mostly."""
-        if self._context is None:
-            return []
-        return [page for page in self._context.pages if page not in self.pages.values()]
-
     async def page(self, name: str = "main") -> Page:
         """The page of this name, made if there is none; its URL is not restored here.
 
         A cancelled call leaves nothing half made: the page is there for whoever asks next.
         """
+        if name not in self.pages:
+            # A popup that its opener has returned already may be about to get this name.
+            async with self._naming:
+                pass
         if name in self.pages:
             return self.pages[name]
         if name not in self._opening:
@@ -242,6 +277,45 @@ class Session:
         """What finds the named pages again."""
         return [PageRecord(name, await self._id(page)) for name, page in list(self.pages.items())]
 
+    def places(self) -> dict[str, str]:
+        """The URLs of the named pages; pages not rebuilt yet keep what they had."""
+        before = self._checkpoint.urls if self._checkpoint else {}
+        # Where the browser ends, its pages close a moment before that is known: they are not to be forgotten.
+        return before | self._left | {name: page.url for name, page in self.pages.items()}
+
+    async def settle_dialogs(self) -> None:
+        """Let code that listens to dialogs answer those that are open, and dismiss the rest.
+
+        One that stays open wedges the page for whoever comes next.
+        """
+        await asyncio.gather(*map(self._catch_up, list(self._guards)))
+        with anyio.move_on_after(ANSWER_SECONDS):
+            await self._answered.wait()
+        for _ in range(MOST_DIALOGS):
+            if not self._dialogs:
+                return
+            await asyncio.gather(*map(self._dismiss, list(self._dialogs)))
+
+    async def settle_downloads(self, seconds: float) -> None:
+        """Return once the downloads under way are kept, or after so long."""
+        if self._saving:
+            await asyncio.wait(self._saving, timeout=seconds)
+
+    async def lost(self) -> str | None:
+        """What has become of the pages, if they are gone by no doing of ours."""
+        if self._crashed:
+            return self._crashed
+        if not self._host_lives():
+            return BROWSER_ENDED
+        if self._context is None:
+            return None if self._browser.is_connected() else BROWSER_ENDED
+        try:
+            # Asked, because a call may fail before the event that says why.
+            await _finish(self._context.cookies(), CLOSE_SECONDS)
+        except (Error, TimeoutError):
+            return self._crashed or BROWSER_ENDED
+        return self._crashed
+
     async def checkpoint(self) -> Checkpoint:
         """What rebuilds the named pages; pages not rebuilt yet keep what they had."""
         before = self._checkpoint or Checkpoint()
@@ -251,7 +325,7 @@ class Session:
             storage: Mapping[str, Any] = await _finish(self._context.storage_state(), CLOSE_SECONDS)
         except (Error, TimeoutError) as error:
             raise self._lost(error) from error
-        return Checkpoint(before.urls | {name: page.url for name, page in self.pages.items()}, dict(storage))
+        return Checkpoint(self.places(), dict(storage))
 
     async def restore_url(self, name: str) -> None:
         """Go where the page of this name was when the checkpoint was taken."""
@@ -304,13 +378,23 @@ class Session:
                 self._ids[page] = record.target_id
             else:
                 self._on_event("page-unresponsive", {"name": record.name})
-                await _wind_up(page.close(), CLOSE_SECONDS)
-        if not self.pages:
+                if is_popup(record.name):
+                    await _wind_up(page.close(), CLOSE_SECONDS)
+        missing = [record.name for record in known if record.name not in self.pages]
+        if not all(map(is_popup, missing)):
+            # A blank page in the place of one of the run's own would pass for that.
             self._context = None
-            await _wind_up(context.close(), CLOSE_SECONDS)
+            self.pages.clear()
+            self._ids.clear()
+            self._checkpoint = await _fence(found, self._checkpoint)
             return False
+        for name in missing:
+            self._on_event("page-closed", {"name": name})
+        await asyncio.gather(*map(self._guard, self.pages.values()))
         for page in context.pages:
             self._watch_page(page)
+            if self._name(page) is None:
+                self._report(self._report_popup(page))
         return True
 
     async def _ensure_context(self) -> BrowserContext:
@@ -349,10 +433,55 @@ class Session:
 
     async def _id(self, page: Page) -> str:
         if page not in self._ids:
-            if (target_id := await _target_id(page)) is None:
+            if (target_id := await self._guard(page)) is None:
                 raise PageGone("The page has closed or crashed.")
             self._ids[page] = target_id
         return self._ids[page]
+
+    async def _guard(self, page: Page) -> str | None:
+        """Hear of the page's dialogs from now on; returns its target id, or None if it has closed.
+
+        Only a session that was there before a dialog opened can dismiss it.
+        """
+        with contextlib.suppress(Error, TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                cdp = await page.context.new_cdp_session(page)
+                cdp.on("Page.javascriptDialogOpening", lambda _: self._on_dialog_opening(page))
+                cdp.on("Page.javascriptDialogClosed", lambda _: self._on_dialog_gone(page))
+                info = await cdp.send("Target.getTargetInfo")
+                with contextlib.suppress(Error, TimeoutError):
+                    # A page that hangs does not answer this.
+                    async with asyncio.timeout(BARRIER_SECONDS):
+                        await cdp.send("Page.enable")
+                self._guards[page] = cdp
+                return str(info["targetInfo"]["targetId"])
+        return None
+
+    async def _catch_up(self, page: Page) -> None:
+        """Hear of what has happened to the page's dialogs so far: what a session answers comes after what it tells."""
+        if cdp := self._guards.get(page):
+            await _wind_up(cdp.send("Target.getTargetInfo"), BARRIER_SECONDS)
+
+    def _on_dialog_opening(self, page: Page) -> None:
+        self._dialogs.add(page)
+        self._answered.clear()
+        if self.on_dialog:
+            self.on_dialog()
+
+    def _on_dialog_gone(self, page: Page) -> None:
+        self._dialogs.discard(page)
+        if not self._dialogs:
+            self._answered.set()
+
+    async def _dismiss(self, page: Page) -> None:
+        self._dismissing.add(page)
+        # Answered meanwhile, or gone with its page, is as well.
+        if cdp := self._guards.get(page):
+            await _wind_up(cdp.send("Page.handleJavaScriptDialog", {"accept": False}), CLOSE_SECONDS)
+        # Scripts may go on to their next dialog: a title comes from the page, or at once where one is open.
+        await _wind_up(page.title(), BARRIER_SECONDS)
+        await self._catch_up(page)
+        self._dismissing.discard(page)
 
     def _name(self, page: Page) -> str | None:
         return next((name for name, other in self.pages.items() if other is page), None)
@@ -390,12 +519,20 @@ class Session:
 
     def _on_dialog(self, dialog: Dialog) -> None:
         url = dialog.page.url if dialog.page else ""
-        self._on_event("dialog", {"type": dialog.type, "message": dialog.message, "url": url})
+        about = {"type": dialog.type, "message": dialog.message, "url": url}
+        if dialog.page in self._dismissing:
+            about["answered"] = "dismissed at a stop"
+        self._on_event("dialog", about)
 
     def _on_gone(self, kind: str, page: Page) -> None:
         name = self._name(page)
+        self._on_dialog_gone(page)
+        self._guards.pop(page, None)
         if name is not None:
             del self.pages[name]
+            self._left[name] = page.url
+            if kind == "page-crashed":
+                self._crashed = f"the page {name!r} crashed"
         self._ids.pop(page, None)
         if not self._ending:
             self._on_event(kind, {"name": name})
@@ -405,19 +542,25 @@ class Session:
         self._report(self._report_popup(page))
 
     def _on_download(self, download: Download) -> None:
-        self._report(self._save(download))
+        saving = self._report(self._save(download))
+        self._saving.add(saving)
+        saving.add_done_callback(self._saving.discard)
 
-    def _report(self, work: Coroutine[Any, Any, None]) -> None:
+    def _report(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._reports.add(task)
         task.add_done_callback(self._reports.discard)
+        return task
 
     async def _report_popup(self, page: Page) -> None:
-        # A page of our own is heard of here before `new_page` returns it.
-        if self._opening:
-            await asyncio.wait(self._opening.values())
-        if self._name(page) is None and (target_id := await _target_id(page)):
-            self._on_event("popup", {"url": page.url, "target_id": target_id})
+        async with self._naming:  # in the order in which they opened
+            # A page of our own is heard of here before `new_page` returns it.
+            if self._opening:
+                await asyncio.wait(self._opening.values())
+            if self._name(page) is None and (target_id := await self._guard(page)):
+                name = next(name for n in count(1) if (name := f"popup-{n}") not in self.pages)
+                self.pages[name], self._ids[page] = page, target_id
+                self._on_event("popup", {"name": name, "url": page.url, "target_id": target_id})
 
     async def _save(self, download: Download) -> None:
         about: dict[str, Any] = {"url": download.url, "suggested": download.suggested_filename}
@@ -448,6 +591,22 @@ class Session:
         if not self._browser.is_connected():
             return BrowserUnavailable("The browser has gone; resume the run to rebuild its pages.")
         return PageGone(f"The browser did not do it: {error or 'it took too long'}")
+
+
+def is_popup(name: str) -> bool:
+    """Whether a page of this name was opened by a page, and not by the run."""
+    return re.fullmatch(r"popup-\d+", name) is not None
+
+
+async def _fence(found: Mapping[str, Page], checkpoint: Checkpoint | None) -> Checkpoint:
+    """Close the context of the found pages, after a checkpoint of it as far as one can be had."""
+    kept = checkpoint or Checkpoint()
+    context = next(iter(found.values())).context
+    with contextlib.suppress(Error, TimeoutError):
+        storage: Mapping[str, Any] = await _finish(context.storage_state(), CLOSE_SECONDS)
+        kept = Checkpoint(kept.urls, dict(storage))
+    await _wind_up(context.close(), CLOSE_SECONDS)
+    return kept
 
 
 async def attach(driver: Driver, host: HostInfo, target_id: str) -> Page:
@@ -543,6 +702,8 @@ async def _finish(work: Awaitable[T], seconds: float) -> T:
     except asyncio.CancelledError:
         with anyio.CancelScope(shield=True):
             await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # nobody asks any more, and asyncio would complain of that
         raise
 
 

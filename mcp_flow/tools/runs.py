@@ -97,6 +97,8 @@ async def resume(
     request_id: str | None = None,
     step: Annotated[Literal["done", "again"] | None, Field(description="settles an in-doubt step")] = None,
     rerun: Annotated[list[str] | None, Field(description="finished steps to do again")] = None,
+    rerun_from: Annotated[str | None, Field(description="a step to do again with all after it")] = None,
+    on_change: Annotated[Literal["accept", "refuse"] | None, Field(description="if the code was edited")] = None,
     wait_s: Wait = 20,
 ) -> CallToolResult:
     """Let a stopped run go on with the code as it is now on disk: after a failure, a pause, a hijack, or with a value
@@ -110,6 +112,8 @@ async def resume(
         request_id=request_id,
         step=step,
         rerun=rerun or (),
+        rerun_from=rerun_from,
+        on_change=on_change,
     )
     view = await state.watched(ctx, app, run_id, wait_s if remark is None else 0)
     if remark:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mcp.server.mcpserver import Context
 
 from mcp_flow.errors import InvalidInput
-from mcp_flow.views import RunView, next_call, show_request_row, show_run
+from mcp_flow.views import RunView, next_call, show_request_row
 
 if TYPE_CHECKING:
     from mcp_flow.app import App
@@ -43,10 +43,7 @@ async def watched(ctx: Context[Any], app: App, run_id: str, wait_s: float) -> Ru
         await ctx.report_progress(run.seq, None, message)
 
     await app.control.run(run_id)
-    run = await app.control.wait(run_id, wait_s, tell)
-    status = "interrupted" if app.control.interrupted(run.status, run.owner) else run.status
-    folder = str(app.settings.run_folder(run_id))
-    return show_run(run, status=status, folder=folder, place=await app.control.last_place(run))
+    return await app.view(await app.control.wait(run_id, wait_s, tell))
 
 
 def following(app: App, run: Run) -> str:
@@ -56,7 +53,7 @@ def following(app: App, run: Run) -> str:
 
 def facts(app: App, run: Run) -> list[str]:
     """What the server itself says of a run in front of its page."""
-    status = "interrupted" if app.control.interrupted(run.status, run.owner) else run.status
+    status = app.status(run)
     assert run.created
     lines = [f"run {run.run_id} ({run.created.workflow}): {status}"]
     if step := next(iter(run.running_steps()), None):

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import signal
 import stat
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
 import pytest
 from processes import never, parent, processes, run_python, until
 
+from mcp_flow import config
 from mcp_flow.browser import host
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.browser.session import Driver
@@ -26,6 +28,14 @@ from mcp_flow import config
 from mcp_flow.browser import host
 print(anyio.run(host.ensure, config.load(home=sys.argv[1])).endpoint)
 """
+
+
+@pytest.fixture(scope="module")
+async def lasting(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settings]:
+    """A home folder whose host one test leaves for the next: it is found there, or started."""
+    settings = config.load(home=tmp_path_factory.mktemp("lasting"))
+    yield settings
+    await host.stop(settings)
 
 
 def scratch(info: HostInfo) -> Path:
@@ -54,45 +64,45 @@ def host_name(settings: Settings) -> str:
     return info.stem
 
 
-async def test_stop_ends_the_host_with_its_browser_and_leaves_only_the_lock(settings: Settings) -> None:
-    info = await host.ensure(settings)
-    assert processes(str(scratch(info)))
-    assert await host.stop(settings) == 1
-    assert processes(str(scratch(info))) == []
-    assert not scratch(info).exists()
-    assert files(settings) == {".lock"}
-    assert host.living(settings) == []
-    assert await host.stop(settings) == 0
-
-
-async def test_a_killed_host_takes_its_browser_with_it_and_the_next_one_cleans_up(settings: Settings) -> None:
-    info = await host.ensure(settings)
+async def test_a_killed_host_takes_its_browser_with_it_and_the_next_one_cleans_up(lasting: Settings) -> None:
+    info = await host.ensure(lasting)
     os.kill(info.pid, signal.SIGKILL)
     await until(lambda: not processes(str(scratch(info))))
-    assert host.living(settings) == []
-    again = await host.ensure(settings)
+    assert host.living(lasting) == []
+    again = await host.ensure(lasting)
     assert again.pid != info.pid
     assert not scratch(info).exists()
 
 
-async def test_no_browser_is_left_when_host_and_driver_are_killed_together(settings: Settings) -> None:
-    info = await host.ensure(settings)
+async def test_no_browser_is_left_when_host_and_driver_are_killed_together(lasting: Settings) -> None:
+    info = await host.ensure(lasting)
     drivers = [int(line.split()[0]) for line in processes("run-driver") if parent(line) == info.pid]
     assert len(drivers) == 1
     for pid in (info.pid, *drivers):
         os.kill(pid, signal.SIGKILL)
     await until(lambda: not processes(str(scratch(info))))
     assert scratch(info).exists()
-    await host.ensure(settings)
+    await host.ensure(lasting)
     assert not scratch(info).exists()
 
 
-async def test_a_host_whose_browser_dies_ends_and_another_starts(settings: Settings) -> None:
-    info = await host.ensure(settings)
+async def test_a_host_whose_browser_dies_ends_and_another_starts(lasting: Settings) -> None:
+    info = await host.ensure(lasting)
     browser = next(line for line in processes(f"--user-data-dir={scratch(info)}") if "--type=" not in line)
     os.kill(int(browser.split()[0]), signal.SIGKILL)
-    await until(lambda: files(settings) == {".lock"} and not host.living(settings))
-    assert (await host.ensure(settings)).pid != info.pid
+    await until(lambda: files(lasting) == {".lock"} and not host.living(lasting))
+    assert (await host.ensure(lasting)).pid != info.pid
+
+
+async def test_stop_ends_the_host_with_its_browser_and_leaves_only_the_lock(lasting: Settings) -> None:
+    info = await host.ensure(lasting)
+    assert processes(str(scratch(info)))
+    assert await host.stop(lasting) == 1
+    assert processes(str(scratch(info))) == []
+    assert not scratch(info).exists()
+    assert files(lasting) == {".lock"}
+    assert host.living(lasting) == []
+    assert await host.stop(lasting) == 0
 
 
 async def test_a_host_ends_when_it_is_not_used_and_not_before(settings: Settings, driver: Driver) -> None:

@@ -76,7 +76,6 @@ async def test_a_killed_clients_typed_text_is_found_by_target_id(
     assert session.state == "reattached"
     assert await (await session.page()).input_value("#q") == "half a sentence"
     assert await session.records() == known
-    assert session.others() == []
 
 
 @pytest.mark.parametrize("mode", ["paused", "about to pause"])
@@ -120,7 +119,7 @@ async def test_contexts_that_nobody_has_recorded_are_swept_away(
 
 async def test_a_new_session_makes_nothing_until_it_is_asked(open_session: Opener) -> None:
     session = await open_session()
-    assert (session.state, session.pages, session.others()) == ("live", {}, [])
+    assert (session.state, session.pages) == ("live", {})
     assert await session.checkpoint() == Checkpoint()
     first, again, mail = [await session.page(name) for name in ("main", "main", "mail")]
     assert first is again
@@ -178,6 +177,69 @@ async def test_a_workflow_may_answer_its_dialogs_itself(open_session: Opener, ev
     assert [kind for kind, _ in events] == ["dialog"]
 
 
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [
+        ("alert('stay')", "alert"),
+        ("confirm('stay')", "confirm"),
+        ("prompt('stay', 'here')", "prompt"),
+        ("location.href = '/next'", "beforeunload"),
+        ("alert(1), alert(2), confirm(3)", "alert"),
+    ],
+)
+async def test_a_dialog_that_the_workflow_leaves_open_is_dismissed_at_a_stop(
+    open_session: Opener, events: Events, site: str, monkeypatch: pytest.MonkeyPatch, script: str, kind: str
+) -> None:
+    monkeypatch.setattr(session_module, "ANSWER_SECONDS", 0.05)
+    session = await open_session()
+    page = await session.page()
+    await page.goto(site)
+    await page.evaluate("localStorage.setItem('cart', 'tea')")
+    await page.click("button")
+    await page.evaluate("addEventListener('beforeunload', event => event.preventDefault())")
+    left: list[Any] = []
+    page.on("dialog", lambda dialog: left.append(dialog))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(page.evaluate, f"void ({script})")
+        await until(lambda: left)
+        with anyio.fail_after(5):
+            kept = await session.checkpoint()
+            assert kept.urls == {"main": f"{site}/"}
+            assert "tea" in str(kept.storage)
+            await session.settle_dialogs()
+    assert await page.evaluate("1 + 1") == 2
+    assert page.url == f"{site}/"
+    assert {about["answered"] for _, about in events} == {"dismissed at a stop"}
+    assert events[0][1]["type"] == kind
+    assert len(events) == len(left) == (3 if "2" in script else 1)
+    with anyio.fail_after(1):
+        await session.settle_dialogs()
+
+
+async def test_a_dialog_that_the_workflow_is_about_to_answer_is_its_own_at_a_stop(
+    open_session: Opener, events: Events
+) -> None:
+    session = await open_session()
+    page = await session.page()
+    asked = asyncio.Event()
+    going_on = asyncio.Event()
+
+    async def accept(dialog: Any) -> None:
+        asked.set()
+        await going_on.wait()
+        await dialog.accept("Ada")
+
+    page.on("dialog", accept)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(page.evaluate, "window.said = prompt('name?')")
+        await asked.wait()
+        tasks.start_soon(session.settle_dialogs)
+        await anyio.wait_all_tasks_blocked()
+        going_on.set()
+    assert await page.evaluate("window.said") == "Ada"
+    assert [about.get("answered") for _, about in events] == [None]
+
+
 async def test_leaving_a_page_that_asks_to_stay_is_allowed(open_session: Opener, site: str) -> None:
     page = await (await open_session()).page()
     await page.goto(site)
@@ -230,15 +292,72 @@ async def test_a_popup_is_reported_and_pages_that_close_are_too(
     await page.goto(site)
     await page.evaluate("void window.open('/popup')")
     await until(lambda: events)
-    (popup,) = session.others()
-    ((kind, about),) = events
-    assert kind == "popup"
-    assert about["target_id"] not in [record.target_id for record in await session.records()]
+    popup = session.pages["popup-1"]
+    main, recorded = await session.records()
+    assert events == [("popup", {"name": "popup-1", "url": f"{site}/popup", "target_id": recorded.target_id})]
+    assert (main.name, recorded.name, popup.url) == ("main", "popup-1", f"{site}/popup")
     events.clear()
     await popup.close()
     await page.close()
-    assert events == [("page-closed", {"name": None}), ("page-closed", {"name": "main"})]
+    assert events == [("page-closed", {"name": "popup-1"}), ("page-closed", {"name": "main"})]
+    assert session.places() == {"main": f"{site}/", "popup-1": f"{site}/popup"}
     assert await session.page() is not page
+
+
+async def test_a_popup_has_its_name_as_soon_as_its_opener_returns_it(open_session: Opener, site: str) -> None:
+    session = await open_session()
+    page = await session.page()
+    await page.goto(site)
+    for number in (1, 2):
+        async with page.expect_popup() as opening:
+            await page.evaluate(f"void window.open('/popup{number}')")
+        popup = await opening.value
+        assert await session.page(f"popup-{number}") is popup
+    assert len(page.context.pages) == 3
+
+
+async def test_a_popup_that_opened_while_nobody_was_there_is_found_and_one_that_closed_is_missed(
+    open_session: Opener, driver: Driver, shared_host: HostInfo, events: Events, site: str
+) -> None:
+    session = await open_session()
+    page = await session.page()
+    await page.goto(site)
+    async with page.expect_popup():
+        await page.evaluate("void window.open('/first')")
+    await session.page("popup-1")
+    known = await session.records()
+    await session.detach()
+    seen = await attach(driver, shared_host, known[0].target_id)
+    (first,) = [other for other in seen.context.pages if other is not seen]
+    await first.close()
+    async with seen.expect_popup() as opening:
+        await seen.evaluate("void window.open('/second')")
+    await (await opening.value).wait_for_url(f"{site}/second")
+    await seen.context.browser.close()  # type: ignore[union-attr]
+    events.clear()
+    session = await open_session(known=known)
+    assert session.state == "reattached"
+    assert events[0] == ("page-closed", {"name": "popup-1"})
+    assert (await session.page("popup-1")).url == f"{site}/second"
+    assert [kind for kind, _ in events] == ["page-closed", "popup"]
+
+
+async def test_a_run_that_has_lost_one_of_its_own_pages_has_all_of_them_rebuilt(
+    open_session: Opener, driver: Driver, shared_host: HostInfo, site: str
+) -> None:
+    session = await open_session()
+    await (await session.page()).goto(f"{site}/set")
+    await (await session.page("mail")).goto(f"{site}/mail")
+    known, checkpoint = await session.records(), await session.checkpoint()
+    await session.detach()
+    seen = await attach(driver, shared_host, known[0].target_id)
+    await seen.close()
+    session = await open_session(known=known, checkpoint=Checkpoint(checkpoint.urls))
+    assert (session.state, session.pages) == ("restored", {})
+    await session.restore_url("main")
+    assert "who=ada" in await session.pages["main"].evaluate("document.cookie")
+    assert len(session.pages["main"].context.browser.contexts) == 1  # type: ignore[union-attr]
+    await seen.context.browser.close()  # type: ignore[union-attr]
 
 
 async def test_a_crashed_page_is_reported(open_session: Opener, events: Events) -> None:

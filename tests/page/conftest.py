@@ -1,4 +1,4 @@
-"""A Chromium for the module, a page for each test."""
+"""One Chromium, with one page that is blank again for each test, and a page of its own for a test that may break it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from collections.abc import AsyncIterator
 import pytest
 from playwright.async_api import Browser, Page, async_playwright
 
-
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
+VIEWPORT = {"width": 800, "height": 600}
 
 
-@pytest.fixture(scope="module")
-async def browser(anyio_backend: str) -> AsyncIterator[Browser]:
+@pytest.fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
     names = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "microsoft-edge")
     found = next((path for name in names if (path := shutil.which(name))), None)
     sandbox = [] if os.geteuid() else ["--no-sandbox"]
@@ -26,8 +23,25 @@ async def browser(anyio_backend: str) -> AsyncIterator[Browser]:
         await browser.close()
 
 
+@pytest.fixture(scope="module")
+async def shared_page(browser: Browser) -> AsyncIterator[Page]:
+    context = await browser.new_context(viewport=VIEWPORT)
+    yield await context.new_page()
+    await context.close()
+
+
 @pytest.fixture
-async def page(browser: Browser) -> AsyncIterator[Page]:
-    context = await browser.new_context(viewport={"width": 800, "height": 600})
+async def page(shared_page: Page) -> AsyncIterator[Page]:
+    """The page that tests share: a navigation leaves nothing of the document, the variables and timers of a test."""
+    yield shared_page
+    await shared_page.unroute_all()
+    await shared_page.goto("about:blank")
+
+
+@pytest.fixture
+async def own_page(browser: Browser) -> AsyncIterator[Page]:
+    """A page in a context of its own, for a test that closes, crashes, hangs or halts it, or says which refs there are:
+    those of a page that has been elsewhere begin with the number of their frame."""
+    context = await browser.new_context(viewport=VIEWPORT)
     yield await context.new_page()
     await context.close()

@@ -180,25 +180,25 @@ async def test_a_refused_side_effect_says_that_nothing_changed_and_how_to_write(
 
 @both
 @pytest.mark.parametrize("code", ["while (true);", "for (;;) { document.title }"])
-async def test_an_endless_loop_ends_at_the_timeout_with_the_page_alive(page: Page, mode: Mode, code: str) -> None:
-    await page.set_content("<title>T</title>")
-    with pytest.raises(EvaluationError, match="did not end within 300 ms"):
-        await evaluate(page, code, mode=mode, timeout_ms=300)
-    assert (await evaluate(page, "document.title")).value == "T"
+async def test_an_endless_loop_ends_at_the_timeout_with_the_page_alive(own_page: Page, mode: Mode, code: str) -> None:
+    await own_page.set_content("<title>T</title>")
+    with pytest.raises(EvaluationError, match="did not end within 100 ms"):
+        await evaluate(own_page, code, mode=mode, timeout_ms=100)
+    assert (await evaluate(own_page, "document.title")).value == "T"
 
 
 @pytest.mark.parametrize("waited", ["null", "new Promise(done => setTimeout(done))"])
-async def test_a_loop_after_an_await_ends_at_the_timeout_too(page: Page, waited: str) -> None:
-    with pytest.raises(EvaluationError, match="did not end within 300 ms"):
-        await evaluate(page, f"await {waited}; while (true);", mode="write", timeout_ms=300)
-    assert (await evaluate(page, "1")).value == 1
+async def test_a_loop_after_an_await_ends_at_the_timeout_too(own_page: Page, waited: str) -> None:
+    with pytest.raises(EvaluationError, match="did not end within 100 ms"):
+        await evaluate(own_page, f"await {waited}; while (true);", mode="write", timeout_ms=100)
+    assert (await evaluate(own_page, "1")).value == 1
 
 
 @both
 async def test_a_promise_that_never_settles_ends_at_the_timeout(page: Page, mode: Mode) -> None:
     await serve(page, {"": "<script>never = new Promise(() => {})</script>"})
-    with pytest.raises(EvaluationError, match="did not end within 300 ms: a promise did not settle"):
-        await evaluate(page, "never", mode=mode, timeout_ms=300)
+    with pytest.raises(EvaluationError, match="did not end within 100 ms: a promise did not settle"):
+        await evaluate(page, "never", mode=mode, timeout_ms=100)
     assert (await evaluate(page, "1")).value == 1
 
 
@@ -246,20 +246,20 @@ async def test_an_element_in_a_frame_is_bound_in_its_frame(page: Page, mode: Mod
     assert sorted(hosts) == [["other.test", "Inner", "In"], ["shop.test", "Inner", "In"]]
 
 
-async def test_an_element_that_is_not_exactly_one_is_refused_at_once(page: Page) -> None:
-    await page.set_content("<p>a</p><p>b</p>")
+async def test_an_element_that_is_not_exactly_one_is_refused_at_once(own_page: Page) -> None:
+    await own_page.set_content("<p>a</p><p>b</p>")
     async with asyncio.timeout(3):
         with pytest.raises(EvaluationError, match="matches 2 elements"):
-            await evaluate(page, "1", locator="p")
+            await evaluate(own_page, "1", locator="p")
         for ref in ["e99", "f7e1"]:
             with pytest.raises(EvaluationError, match="matches 0 elements; take a new snapshot"):
-                await evaluate(page, "1", ref=ref)
+                await evaluate(own_page, "1", ref=ref)
         with pytest.raises(EvaluationError, match="no selector"):
-            await evaluate(page, "1", locator="p >> [")
+            await evaluate(own_page, "1", locator="p >> [")
         with pytest.raises(InvalidInput, match="one of them"):
-            await evaluate(page, "1", ref="e1", locator="p")
+            await evaluate(own_page, "1", ref="e1", locator="p")
         with pytest.raises(InvalidInput, match="empty"):
-            await evaluate(page, "  ")
+            await evaluate(own_page, "  ")
 
 
 @both
@@ -298,18 +298,18 @@ async def test_write_mode_changes_the_page_and_hands_back_console_lines(page: Pa
     assert sum(map(len, many.console)) < 30000
 
 
-async def test_a_navigation_is_reported_with_its_new_url(page: Page) -> None:
-    await serve(page, {"": "<p>first", "next": "<title>Next</title>"})
-    result = await evaluate(page, "location.href = '/next'; return 5", mode="write")
+async def test_a_navigation_is_reported_with_its_new_url(own_page: Page) -> None:
+    await serve(own_page, {"": "<p>first", "next": "<title>Next</title>"})
+    result = await evaluate(own_page, "location.href = '/next'; return 5", mode="write")
     assert (result.value, result.navigated) == (5, "http://shop.test/next")
-    assert await page.title() == "Next"
+    assert await own_page.title() == "Next"
 
-    result = await evaluate(page, "location.href = '/'; return new Promise(() => {})", mode="write")
+    result = await evaluate(own_page, "location.href = '/'; return new Promise(() => {})", mode="write")
     assert (result.type, result.navigated) == ("undefined", "http://shop.test/")
 
-    result = await evaluate(page, "history.pushState({}, '', '/pushed')", mode="write")
+    result = await evaluate(own_page, "history.pushState({}, '', '/pushed')", mode="write")
     assert result.navigated == "http://shop.test/pushed"
-    assert (await evaluate(page, "1", mode="write")).navigated is None
+    assert (await evaluate(own_page, "1", mode="write")).navigated is None
 
 
 async def test_calls_to_one_page_queue_and_none_gets_the_result_of_another(page: Page) -> None:
@@ -322,30 +322,30 @@ async def test_calls_to_one_page_queue_and_none_gets_the_result_of_another(page:
     assert [result.value for result in values] == list(range(5))
 
 
-async def test_a_closed_page_is_gone(page: Page) -> None:
-    await page.close()
+async def test_a_closed_page_is_gone(own_page: Page) -> None:
+    await own_page.close()
     with pytest.raises(PageGone, match="get_run"):
-        await evaluate(page, "1")
+        await evaluate(own_page, "1")
 
 
-async def test_a_crashed_page_is_gone(page: Page) -> None:
+async def test_a_crashed_page_is_gone(own_page: Page) -> None:
     with pytest.raises(Exception, match="crash"):
-        await page.goto("chrome://crash")
+        await own_page.goto("chrome://crash")
     with pytest.raises(PageGone, match="get_run"):
-        await evaluate(page, "1")
+        await evaluate(own_page, "1")
 
 
-async def test_an_evaluation_leaves_the_requested_pause_to_the_workflow(page: Page) -> None:
-    await page.set_content("<button>Buy</button>")
-    debugger, paused = page.context.debugger, asyncio.Event()
+async def test_an_evaluation_leaves_the_requested_pause_to_the_workflow(own_page: Page) -> None:
+    await own_page.set_content("<button>Buy</button>")
+    debugger, paused = own_page.context.debugger, asyncio.Event()
     debugger.on("pausedstatechanged", lambda *_: paused.set())
     await debugger.request_pause()
 
     async with asyncio.timeout(8):
-        assert (await evaluate(page, "element.textContent", locator="button")).value == "Buy"
+        assert (await evaluate(own_page, "element.textContent", locator="button")).value == "Buy"
         assert debugger.paused_details is None
-        click = asyncio.ensure_future(page.get_by_role("button").click())
+        click = asyncio.ensure_future(own_page.get_by_role("button").click())
         await paused.wait()
-        assert (await evaluate(page, "e => e.textContent", locator="button", mode="write")).value == "Buy"
+        assert (await evaluate(own_page, "e => e.textContent", locator="button", mode="write")).value == "Buy"
         await debugger.resume()
         await click

@@ -33,8 +33,8 @@ def inside(text: str) -> str:
     return found[2]
 
 
-async def test_facts_and_url_stand_before_the_page_text_and_title_and_lines_inside_its_markers(page: Page) -> None:
-    text = (await seen(page, "<title>Shop</title><button>Buy</button>")).text
+async def test_facts_and_url_stand_before_the_page_text_and_title_and_lines_inside_its_markers(own_page: Page) -> None:
+    text = (await seen(own_page, "<title>Shop</title><button>Buy</button>")).text
 
     before, _, _ = text.partition("<<page text")
     assert before.splitlines() == [*FACTS, "url: about:blank"]
@@ -219,15 +219,15 @@ async def test_find_keeps_matching_lines_with_their_ancestors(page: Page) -> Non
     assert "no line matches" in (await seen(page, find="plum")).text
 
 
-async def test_a_bad_expression_a_small_budget_and_an_unknown_ref_are_refused(page: Page) -> None:
-    await page.set_content("<p>x</p>")
+async def test_a_bad_expression_a_small_budget_and_an_unknown_ref_are_refused(own_page: Page) -> None:
+    await own_page.set_content("<p>x</p>")
     with pytest.raises(InvalidInput, match="no regular expression"):
-        await seen(page, find="[")
+        await seen(own_page, find="[")
     with pytest.raises(InvalidInput, match="at least 500"):
-        await seen(page, max_chars=499)
+        await seen(own_page, max_chars=499)
     for root in ["e999", "f9e1", "body", ""]:
         with pytest.raises(InvalidInput, match="Take a new snapshot"):
-            await seen(page, root=root)
+            await seen(own_page, root=root)
 
 
 async def test_root_shows_one_subtree_with_the_refs_of_the_whole_page(page: Page) -> None:
@@ -249,34 +249,34 @@ async def test_names_with_colons_and_quotes_keep_one_line_form(page: Page) -> No
     assert re.search(r'- button "a: \\"b\\" # \{c\} it\'s" \[ref=\w+\]: x', text)
 
 
-async def test_a_closed_page_is_gone_and_says_what_to_do(page: Page) -> None:
-    await page.close()
+async def test_a_closed_page_is_gone_and_says_what_to_do(own_page: Page) -> None:
+    await own_page.close()
     with pytest.raises(PageGone, match="get_run"):
-        await seen(page)
+        await seen(own_page)
 
 
-async def test_a_page_that_never_answers_is_a_clear_error(page: Page, monkeypatch: Any) -> None:
+async def test_a_page_that_never_answers_is_a_clear_error(own_page: Page, monkeypatch: Any) -> None:
     monkeypatch.setattr(snapshot, "SECONDS", 0.5)
-    await page.set_content("<p>x</p>")
-    session = await page.context.new_cdp_session(page)
+    await own_page.set_content("<p>x</p>")
+    session = await own_page.context.new_cdp_session(own_page)
     loop = asyncio.ensure_future(session.send("Runtime.evaluate", {"expression": "while (true);"}))
     with pytest.raises(FlowError, match=r"did not answer within 0\.5 s"):
-        await seen(page)
+        await seen(own_page)
     await session.send("Runtime.terminateExecution")
     await asyncio.gather(loop, return_exceptions=True)
 
 
-async def test_a_look_leaves_the_requested_pause_to_the_workflow(page: Page) -> None:
-    await page.set_content("<input type=password value=a><input value=a><button>Buy</button>")
-    debugger, paused = page.context.debugger, asyncio.Event()
+async def test_a_look_leaves_the_requested_pause_to_the_workflow(own_page: Page) -> None:
+    await own_page.set_content("<input type=password value=a><input value=a><button>Buy</button>")
+    debugger, paused = own_page.context.debugger, asyncio.Event()
     debugger.on("pausedstatechanged", lambda *_: paused.set())
     await debugger.request_pause()
 
     async with asyncio.timeout(8):
-        await seen(page, screenshot=True)
+        await seen(own_page, screenshot=True)
         assert debugger.paused_details is None
-        click = asyncio.ensure_future(page.get_by_role("button").click())
+        click = asyncio.ensure_future(own_page.get_by_role("button").click())
         await paused.wait()
-        assert "Buy" in (await seen(page, screenshot=True)).text
+        assert "Buy" in (await seen(own_page, screenshot=True)).text
         await debugger.resume()
         await click

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -123,13 +123,16 @@ async def many(flow: Flow) -> int:
 
 @pytest.fixture(scope="session")
 async def home(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settings]:
-    """Settings with the workflows above."""
+    """Settings with the workflows above, on a machine without a display."""
     folder = tmp_path_factory.mktemp("tools")
     (folder / "workflows").mkdir()
     (folder / "workflows" / "flows.py").write_text(WORKFLOWS)
     settings = config.load(home=folder / "home", workflows=folder / "workflows")
-    yield settings
-    await stop(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
+            patch.delenv(variable, raising=False)
+        yield settings
+        await stop(settings)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,21 @@ async def either(home: Settings, client: Client, request: pytest.FixtureRequest)
         return
     async with Client(build(home), mode=request.param) as connected:
         yield connected
+
+
+@pytest.fixture
+def write(home: Settings) -> Iterator[Callable[[str, str], Path]]:
+    """Writes a workflow file beside the workflows above, for one test."""
+    written: list[Path] = []
+
+    def new(name: str, source: str) -> Path:
+        written.append(home.workflows / name)
+        written[-1].write_text(source)
+        return written[-1]
+
+    yield new
+    for path in written:
+        path.unlink()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from clients import call, refusal, text
+from clients import call, refusal
 from mcp import Client
 
 TOOLS = [
@@ -97,9 +97,3 @@ async def test_a_text_answer_that_looks_like_json_stays_text(client: Client) -> 
     for word in ("null", "[1]", "true"):
         run = await call(client, "start_run", workflow="word")
         assert (await call(client, "resume", run_id=run["run_id"], value=word))["output"] == word
-
-
-async def test_a_snapshot_has_no_structured_content(client: Client) -> None:
-    run = await call(client, "start_run", workflow="form")
-    assert await text(client, "snapshot", run_id=run["run_id"])
-    await call(client, "cancel", run_id=run["run_id"], reason="seen")
