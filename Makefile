@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup browser check test demo bench format clean
+.PHONY: help setup browser check test demo bench soak format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test     run the test suite"
 	@echo "make check    formatter, linter, type checker, import rules"
 	@echo "make bench    measure the store, replay and start-up on this machine"
+	@echo "make soak     kill servers and workers at random under 200 runs, for some minutes"
 	@echo "make format   format the code"
 	@echo "make clean    remove what make has made"
 
@@ -47,6 +48,9 @@ demo: setup browser
 
 bench: setup browser
 	@$(BIN)/python bench/run.py
+
+soak: setup browser
+	@$(BIN)/python tests/soak.py
 
 format: setup
 	$(BIN)/ruff format .
