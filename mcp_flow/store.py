@@ -574,10 +574,12 @@ class Store:
         *,
         held_before: datetime | None = None,
         only: str | None = None,
+        such: Callable[[Run], bool] = lambda _: True,
     ) -> list[tuple[str, int]]:
         """Take up to `limit` runs that have no living owner, oldest first; returns ids and epochs.
 
-        Those that want a worker, and those that hold a page without use since before `held_before`; or `only` one.
+        Those that want a worker, and those that hold a page without use since before `held_before`; or `only` one; and
+        of them `such` as the caller chooses, in the store's thread.
         """
         where, values = _wanting(dead, held_before, only)
 
@@ -603,9 +605,11 @@ class Store:
             for run_id in wanting():
                 if run_id in unreadable:
                     continue
-                epoch = self._tx.fold(run_id)[2].epoch + 1
-                self._tx.append(run_id, [(event, event.encoded())], epoch)
-                claimed.append((run_id, epoch))
+                run = self._tx.fold(run_id)[2]
+                if such(run):
+                    epoch = run.epoch + 1
+                    self._tx.append(run_id, [(event, event.encoded())], epoch)
+                    claimed.append((run_id, epoch))
             return claimed
 
         return await self._thread.write(body)

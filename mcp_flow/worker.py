@@ -61,6 +61,8 @@ OPEN_TRIES = 3
 """How many browser hosts may die in a row while a run asks them for its page."""
 MAX_CRASHES = 3
 """How many workers in a row may die at the same place of a run before it counts as failed."""
+TRUSTED_AFTER = 5.0
+"""Seconds that a run suspected of killing workers lives before the next such run is taken beside it."""
 MAX_LOSSES = 3
 """How often in a row a run's pages may be lost at the same place before it counts as failed."""
 
@@ -94,6 +96,8 @@ class Worker:
         self._stopping = asyncio.Event()
         self._leases = Leases(settings, store)
         self._heart: _Heart | None = None
+        self._suspect: str | None = None
+        self._suspected_at = 0.0
         self._lock: presence.LifeLock | None = None
 
     async def serve(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -196,15 +200,37 @@ class Worker:
         room = MAX_RUNNING - sum(not attempt.waiting for attempt in self._attempts.values())
         if room <= 0:
             return
+        self._acquit()
         takeable, held_before = await self._takeable(), self._held_before()
         # Nobody rings for what this very process has written.
         await self._look_at(set(await self._store.expire_due()))
         if not await self._store.wanting(takeable, held_before=held_before, only=self._only):
             return
         limit = min(room, CLAIM_AT_ONCE)
-        claimed = await self._store.claim(self.id, takeable, limit, held_before=held_before, only=self._only)
+        claimed = await self._store.claim(
+            self.id, takeable, limit, held_before=held_before, only=self._only, such=self._trusts
+        )
         for run_id, epoch in claimed:
             self.take(run_id, epoch)
+
+    def _trusts(self, run: Run) -> bool:
+        """Whether to take a run whose workers have died: one that has seen it twice only while no other is suspected.
+
+        All runs of a worker share its death. Taken one at a time, the one that causes it is told from its neighbours.
+        """
+        if not run.owner or run.ended or run.crashes + 1 < MAX_CRASHES - 1:
+            return True
+        if self._suspect is not None:
+            return False
+        self._suspect, self._suspected_at = run.run_id, time.monotonic()
+        return True
+
+    def _acquit(self) -> None:
+        """Suspect a run no longer that has ended, has got further, or has lived on for a while."""
+        attempt = self._attempts.get(self._suspect or "")
+        going = self._suspect in self._tasks and (attempt is None or attempt.run.crashes)
+        if not going or time.monotonic() - self._suspected_at >= TRUSTED_AFTER:
+            self._suspect = None
 
     def take(self, run_id: str, epoch: int) -> None:
         """Execute a run that is this worker's since `epoch`."""

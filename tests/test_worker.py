@@ -312,3 +312,27 @@ async def test_code_that_kills_its_process_does_not_do_so_for_ever(house: House)
     assert run.error
     assert run.error.type == "WorkerCrashed"
     assert 2 <= len(house.did()) <= 5
+
+
+async def test_a_run_that_kills_its_workers_takes_no_other_run_down_with_it(house: House) -> None:
+    """All runs of a worker share its death; only the one that causes it fails for it."""
+    house.write(
+        """
+        async def hang():
+            await until_open("end")
+
+        @workflow
+        async def main(flow: Flow, kill: bool) -> str:
+            await flow.step("work", hang if not kill else os.abort)
+            return "done"
+        """
+    )
+    poison = await house.again({"kill": True})
+    innocent = [await house.again({"kill": False}) for _ in range(4)]
+    with anyio.fail_after(60):
+        while (await house.control.run(poison)).status != "failed":
+            await house.control.keep_awake()
+            await house.bell.next_ring(0.02)
+    assert "workers in a row died" in str((await house.control.run(poison)).error)
+    house.open("end")
+    assert [await house.finished(run_id, seconds=30) for run_id in innocent] == ["done"] * 4

@@ -200,7 +200,8 @@ class Session:
         self._opening: dict[str, asyncio.Task[Page]] = {}
         self._ids: dict[Page, str] = {}
         self._left: dict[str, str] = {}
-        self._naming = asyncio.Lock()
+        self._naming: set[asyncio.Task[None]] = set()
+        self._in_order = asyncio.Lock()
         self._guards: dict[Page, CDPSession] = {}
         self._dialogs: set[Page] = set()
         self._dismissing: set[Page] = set()
@@ -260,10 +261,9 @@ class Session:
 
         A cancelled call leaves nothing half made: the page is there for whoever asks next.
         """
-        if name not in self.pages:
+        if name not in self.pages and self._naming:
             # A popup that its opener has returned already may be about to get this name.
-            async with self._naming:
-                pass
+            await asyncio.wait(self._naming)
         if name in self.pages:
             return self.pages[name]
         if name not in self._opening:
@@ -394,7 +394,7 @@ class Session:
         for page in context.pages:
             self._watch_page(page)
             if self._name(page) is None:
-                self._report(self._report_popup(page))
+                self._name_popup(page)
         return True
 
     async def _ensure_context(self) -> BrowserContext:
@@ -539,7 +539,7 @@ class Session:
 
     def _on_page(self, page: Page) -> None:
         self._watch_page(page)
-        self._report(self._report_popup(page))
+        self._name_popup(page)
 
     def _on_download(self, download: Download) -> None:
         saving = self._report(self._save(download))
@@ -552,8 +552,13 @@ class Session:
         task.add_done_callback(self._reports.discard)
         return task
 
+    def _name_popup(self, page: Page) -> None:
+        naming = self._report(self._report_popup(page))
+        self._naming.add(naming)
+        naming.add_done_callback(self._naming.discard)
+
     async def _report_popup(self, page: Page) -> None:
-        async with self._naming:  # in the order in which they opened
+        async with self._in_order:  # in which they opened
             # A page of our own is heard of here before `new_page` returns it.
             if self._opening:
                 await asyncio.wait(self._opening.values())
