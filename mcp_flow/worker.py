@@ -169,15 +169,20 @@ class Worker:
         guard = presence.changing_of_the_guard(self._settings)
         await asyncio.to_thread(guard.__enter__)
         try:
-            if await self._store.wanting(await self._takeable(), held_before=self._held_before()):
+            if await self._has_work():
                 return False
             await self._release_all()
+            if await self._has_work():  # what was answered while it was being released
+                return False
             await self._sweep_contexts()
             # While the guard is held: who looks for a worker from now on must not take this one for it.
             self._retire()
             return True
         finally:
             guard.__exit__(None, None, None)
+
+    async def _has_work(self) -> bool:
+        return await self._store.wanting(await self._takeable(), held_before=self._held_before())
 
     def _retire(self) -> None:
         lock, self._lock = self._lock, None
