@@ -72,10 +72,12 @@ async def driver() -> AsyncIterator[Driver]:
         yield driver
 
 
-def attempts() -> list[Attempt]:
-    """What is left of the attempts in memory."""
+def attempts(house: House) -> list[Attempt]:
+    """What is left of the home folder's attempts in memory."""
     gc.collect()
-    return [found for found in gc.get_objects() if isinstance(found, Attempt)]
+    return [
+        found for found in gc.get_objects() if isinstance(found, Attempt) and found.settings.home == house.settings.home
+    ]
 
 
 async def until_left(work: asyncio.Task[None]) -> None:
@@ -114,7 +116,7 @@ async def test_runs_that_wait_or_failed_are_parked_without_a_worker_or_a_page_an
         await parked(house, run_id)
     await until_left(house.work())
     with anyio.fail_after(10):
-        while attempts():
+        while attempts(house):
             await house.bell.next_ring(0.05)
     assert await contexts(driver, house) == 0
     async with Client(build(house.settings)) as client:
