@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup browser check test demo bench soak format clean
+.PHONY: help setup browser check test demo demo-repair bench soak format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     buy a teapot in a demo shop through a real MCP client"
+	@echo "make demo-repair  mend a workflow whose page has changed, and let its failed run go on"
 	@echo "make test     run the test suite"
 	@echo "make check    formatter, linter, type checker, import rules"
 	@echo "make bench    measure the store, replay and start-up on this machine"
@@ -45,6 +46,9 @@ test: setup browser
 
 demo: setup browser
 	@$(BIN)/python examples/demo.py
+
+demo-repair: setup browser
+	@$(BIN)/python examples/demo_repair.py
 
 bench: setup browser
 	@$(BIN)/python bench/run.py

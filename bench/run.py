@@ -22,6 +22,7 @@ from typing import Any
 import journal
 import processes
 import survival
+import waits
 from journal import Row
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,9 @@ BENCHMARKS = {
     "steps": journal.bench_steps,
     "replay": journal.bench_replay,
     "concurrent": journal.bench_concurrent,
+    "answers": waits.bench_waits,
+    "timers": waits.bench_timers,
+    "pending": waits.bench_pending,
     "initialize": processes.bench_initialize,
     "page": processes.bench_page,
     "death": survival.bench_death,

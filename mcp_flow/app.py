@@ -13,7 +13,9 @@ from mcp_flow.catalog import Reader
 from mcp_flow.config import Settings
 from mcp_flow.control import Control
 from mcp_flow.errors import FlowError, PageGone
+from mcp_flow.page.looks import Looks
 from mcp_flow.run import Run
+from mcp_flow.secrets import Secrets, masked_in
 from mcp_flow.store import Store
 from mcp_flow.views import RunView, show_run
 
@@ -35,6 +37,8 @@ class App:
         self.store = store
         self.reader = reader
         self.control = Control(settings, store, reader, bell)
+        self.looks = Looks()
+        self.secrets = Secrets(settings.home)
         self._driver: Driver | None = None
 
     @asynccontextmanager
@@ -76,15 +80,21 @@ class App:
             return
         raise gone
 
+    async def secrets_of(self, run: Run) -> dict[str, str]:
+        """What nobody is shown of a run, by name: the home folder's secrets, and those that the run was answered."""
+        return self.secrets.values() | await self.store.secret_answers(run.run_id)
+
     async def view(self, run: Run) -> RunView:
         """A run as every surface shows it, without its steps and events."""
+        place = masked_in(await self.control.last_place(run), await self.secrets_of(run))
         return show_run(
             run,
             status=self.status(run),
             folder=str(self.settings.run_folder(run.run_id)),
-            place=await self.control.last_place(run),
+            place=place,
             browser_lives=not run.pages or self.control.browser_lives(run),
             edits=await self.control.edits(run),
+            typed=self.settings.typed,
         )
 
     def status(self, run: Run) -> str:

@@ -37,10 +37,10 @@ from mcp_flow.errors import (
     StepResultError,
 )
 from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
-from mcp_flow.flow import Flow, StepOptions
+from mcp_flow.flow import Flow, StepOptions, shape_of
 from mcp_flow.pages import Pages
-from mcp_flow.run import Request, Run
-from mcp_flow.secrets import Secrets
+from mcp_flow.run import Request, Run, takes
+from mcp_flow.secrets import Secrets, reveal, secret_places
 from mcp_flow.store import Store
 from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
@@ -88,6 +88,8 @@ class Attempt:
         self._lease_is_fresh = lease_is_fresh
         self._ours_since = time.monotonic()
         self._slots = slots or nullcontext()
+        self._answers: dict[str, str] = {}
+        self._retry_inputs: dict[str, Any] = {}
         self._reached: set[str] = set()
         self._changed: list[str] = []
         self._secrets = Secrets(settings.home)
@@ -96,10 +98,13 @@ class Attempt:
         self._gate.set()
         self._closed = False
         self._busy: dict[str, str] = {}
+        self._asked: set[str] = set()
         self._activity = 0
+        self._opening = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waits: dict[str, asyncio.Future[None]] = {}
         self._idle_check: asyncio.TimerHandle | None = None
+        self._let_pass: dict[str, str] = {}
         self._starts: dict[str, Start] = {}
         self._starts_timer: asyncio.TimerHandle | None = None
         self._background: set[asyncio.Task[Any]] = set()
@@ -124,6 +129,7 @@ class Attempt:
         """Run the function to its end, whatever that is, and journal it."""
         try:
             await self._append(ev.AttemptStarted(attempt=self.number, revision=self.run.revision))
+            await self._learn_secrets()
             self.refresh()
             self._root = asyncio.create_task(self._call(), name=f"{self.run.run_id} attempt {self.number}")
             given_up = asyncio.create_task(self._given_up.wait())
@@ -164,7 +170,9 @@ class Attempt:
         arguments = self._workflow.arguments(self.run.created.input)
         with scope.Scope():
             try:
-                return await self._workflow.fn(Flow(self), **arguments)
+                value = await self._workflow.fn(Flow(self), **arguments)
+                await self._enter()  # whoever is about to take the page must not see it closed instead
+                return value
             except (SystemExit, KeyboardInterrupt) as error:
                 raise Exited(error) from error
 
@@ -174,7 +182,11 @@ class Attempt:
 
         def plan(run: Run) -> list[ev.Event]:
             compared = self._compared(run, ended=True)
-            return [*self._withdrawals(run, "the run finished"), *compared, ev.RunFinished(output=output)]
+            moot = [
+                ev.RequestWithdrawn(request_id=request.opened.request_id, reason="the run finished")
+                for request in run.open_requests()
+            ]
+            return [*moot, *compared, ev.RunFinished(output=output)]
 
         await self._settle_pages(self.settings.grace)
         self.finishing = True
@@ -183,10 +195,16 @@ class Attempt:
     async def _fail(self, error: BaseException) -> None:
         failure = describe(error, None, self._source_line, self._secrets.mask)
         await self._settle_pages(self.settings.grace)
-        artifacts = await self._keep_evidence()
+        artifacts = await self._keep_evidence(f"failure-{self.run.attempt}")
         failure = failure.model_copy(update={"artifacts": artifacts})
         await self.pages.checkpoint()
-        await self._append(*self._compared(self.run), ev.RunFailed(error=failure))
+
+        def plan(run: Run) -> list[ev.Event]:
+            # Whoever was about to take the page has it now: nothing of the run stops any more.
+            taken = [ev.RunHijacked(step=failure.step)] if run.hijack and run.hijack.stopped is None else []
+            return [*self._compared(run), *taken, ev.RunFailed(error=failure)]
+
+        await self._decide(plan)
 
     async def suspend(self, grace: float, *, lost: str | None = None) -> None:
         """Stop the attempt where it is: no new step begins, one in flight may end within `grace` seconds.
@@ -248,7 +266,7 @@ class Attempt:
                     self.pages.restored_here = step.restore
                     if step.restore:
                         await self.pages.go_to(step.url)
-                        await invoke(name, fn, args, None)
+                        await invoke(name, fn, args, None, key)
                 return self._load(name, shape, step.value)
             case replay.Doubt(why):
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
@@ -257,8 +275,49 @@ class Attempt:
             case replay.Execute(reset) if reset:
                 generation = self.run.generation(key) + 1
                 await self._append(ev.StepReset(key=key, generation=generation, reason=reset))
+        await self._await_help(key)
+        await self._pause_before(name, key)
         await self.pages.end_restoring()
         return await self._run_step(name, key, digest, shape, fn, args, options)
+
+    async def _pause_before(self, name: str, key: str) -> None:
+        """Stop before a new step where whoever started or resumed the run asked for that."""
+        assert self.run.created
+        created = self.run.created
+        step = self.run.steps.get(key)
+        if step is not None and step.status == "started" and step.generation == self.run.generation(key):
+            return  # it has begun already, and was let pass then
+        named = {name, key, key.rpartition("#")[0]} & set(created.pause_before)
+        stops = not self.settings.production and bool(created.single_step or named)
+        reason, generation = f"before step {name!r}", self.run.generation(key)
+        while True:
+            # One request a generation for a breakpoint; for a budget one each time that it was given and is spent.
+            terms = f"{generation}:{self.run.budget_seq}"
+            asked = self.run.wait(f"{key}|")
+            if asked and not asked.opened.fingerprint.startswith(f"{generation}:"):
+                asked = None
+            if asked and asked.status == "open":
+                terms, reason = asked.opened.fingerprint, asked.opened.prompt
+            elif self._budget_is_spent() and (asked is None or asked.opened.fingerprint != terms):
+                reason = f"before step {name!r}: as many steps as resume allowed have begun"
+            elif asked or not stops:
+                break
+            await self._wait_for(f"{key}|", "pause", reason, terms)
+        if self.run.budget is not None:
+            self._let_pass[key] = self._begun(key)
+
+    def _budget_is_spent(self) -> bool:
+        """Whether as many steps as `resume` allowed have begun, or were let pass and are about to."""
+        if self.run.budget is None:
+            return False
+        # Between the word that it may begin and its start in the journal a step counts here only.
+        self._let_pass = {key: begun for key, begun in self._let_pass.items() if self._begun(key) == begun}
+        return self.run.budget <= len(self._let_pass)
+
+    def _begun(self, key: str) -> str:
+        """What changes in the journal when a step begins."""
+        step = self.run.steps.get(key)
+        return step.started_at + step.status if step else ""
 
     async def _run_step(
         self,
@@ -300,8 +359,48 @@ class Attempt:
             elif options.on_fail == "continue":
                 await self._append(ev.StepFinished(key=key, generation=started.generation, value=None))
                 return None
+            elif isinstance(error, Retriable):
+                await self._ask_for_help(name, key, error)
+                number = 0
             else:
                 raise error
+
+    async def _ask_for_help(self, name: str, key: str, error: Retriable) -> None:
+        """Stop at a step that may be tried again, until somebody says so; with a form, if it wants a value."""
+        shape = shape_of(error.ask) if error.ask is not None else None
+        prompt = self._secrets.mask(f"Step {name!r} failed and can be tried again: {error}")[:LONGEST_MESSAGE]
+        await self._wait_for(
+            f"{key}!",
+            "input" if shape else "pause",
+            prompt,
+            self._help_terms(key),
+            schema=shape.schema if shape else None,
+            by="human" if shape and secret_places(shape.schema) else "anyone",
+        )
+        self._take_help(key)
+
+    async def _await_help(self, key: str) -> None:
+        """Wait, in a later attempt, for the word that a step which may be tried again had asked for."""
+        request = self.run.wait(f"{key}!")
+        # What was given for an earlier failure is still there for a later try, but not once the step was reset.
+        if request and request.opened.fingerprint.startswith(f"{self.run.generation(key)}:"):
+            opened = request.opened
+            await self._wait_for(
+                opened.key, opened.kind, opened.prompt, opened.fingerprint, schema=opened.answer_schema, by=opened.by
+            )
+            self._take_help(key)
+
+    def _help_terms(self, key: str) -> str:
+        """One request a failure: how often the step has failed is what tells them apart."""
+        return f"{self.run.generation(key)}:{self.run.failures(key)}"
+
+    def _take_help(self, key: str) -> None:
+        request = self.run.wait(f"{key}!")
+        self._retry_inputs[key] = self.reveal(request.value, request.opened.answer_schema) if request else None
+
+    def retry_input(self) -> Any:
+        """`Flow.retry_input`."""
+        return self._retry_inputs.get(scope.running_key() or "")
 
     async def _try_step(
         self,
@@ -323,7 +422,7 @@ class Attempt:
         try:
             if options.once:
                 await start.write()
-            value = await invoke(name, fn, args, options.timeout)
+            value = await invoke(name, fn, args, options.timeout, key)
             text, live = self._encode(name, shape, value)
             ms = round((time.perf_counter() - clock) * 1000, 3)
             finished = ev.StepFinished(key=key, generation=generation, value=json.loads(text), ms=ms)
@@ -424,7 +523,9 @@ class Attempt:
                 return settled
             except InvalidInput as error:
                 generation = self.run.generation(key) + 1
-                await self._append(ev.StepReset(key=key, generation=generation, reason=str(error)[:500]))
+                # What a check says of a value quotes it, as a rule.
+                said = "the workflow's own check refused the answer" if secret_places(schema) else str(error)
+                await self._append(ev.StepReset(key=key, generation=generation, reason=said[:500]))
 
     async def _wait_for(
         self,
@@ -461,6 +562,13 @@ class Attempt:
                     if instead_of:
                         moves += self._ask_instead(instead_of, generation)
                         generation += 1
+                    # What was asked before, and is asked anew, has a deadline that may have passed meanwhile.
+                    first = kind != "timer" and key not in run.waits
+                    if first and expires is not None and expires <= self.store.now():
+                        raise StepError(
+                            f"The deadline of {prompt!r:.200} is in the past: {expires.isoformat()}. Give seconds, a "
+                            "timedelta, or a moment to come."
+                        )
                     moves.append(
                         ev.RequestOpened(
                             request_id=request_id,
@@ -477,14 +585,37 @@ class Attempt:
                             has_default=default is not MISSING,
                         )
                     )
+                    if settled := self._settled_at_once(run, moves[-1]):
+                        return [*moves, settled]
             if alone:
-                held = {*self._waits, waiting_for}
-                moves += self._withdrawals(run, "no longer asked", but=held, dealt=moves)
-                moves += [] if run.idle and not moves else [*self._compared(run), ev.AttemptIdled()]
+                gone = self._not_asked(run, but={waiting_for}, dealt=moves)
+                moves += [event for event in gone if event.request_id in self._asked]
+                # What an earlier attempt has asked another branch may be about to come to: `_go_idle` waits for that.
+                if all(event.request_id in self._asked for event in gone):
+                    moves += [] if run.idle and not moves else [*self._compared(run), ev.AttemptIdled()]
             return moves
 
-        await self._decide(plan)
+        self._opening += 1
+        try:
+            await self._decide(plan)
+        finally:
+            self._opening -= 1
+        if kind not in ("timer", "event") and (opened := self.run.requests.get(request_id)):
+            self._spawn(self._keep_stop(opened.seq))
         return await self._until_settled(key, terms)
+
+    def _settled_at_once(self, run: Run, opened: ev.Event) -> ev.Event | None:
+        """What settles a request in the moment in which it is opened: a time that is past, an event that is there."""
+        assert isinstance(opened, ev.RequestOpened)
+        if opened.expires and opened.expires <= self.store.now():
+            return ev.RequestExpired(request_id=opened.request_id)
+        if opened.kind == "event":
+            for received in run.inbox:
+                if takes(opened, received.name, received.payload):
+                    return ev.RequestAnswered(
+                        request_id=opened.request_id, value=received.payload, via="event", event=received.seq
+                    )
+        return None
 
     async def _until_settled(self, key: str, terms: str) -> Request:
         reached = replay.reach_wait(self.run, key, terms)
@@ -492,19 +623,24 @@ class Attempt:
             return reached.request
         assert isinstance(reached, replay.Waiting)
         request_id = reached.request.opened.request_id
-        self._announce(self.run.run_id)
+        if self.run.idle:  # otherwise whoever watches is told once all branches wait
+            self._announce(self.run.run_id)
         self._touch()
+        self._asked.add(request_id)
         future = self._waits[request_id] = asyncio.get_running_loop().create_future()
         try:
-            self._settle_waits()
-            self._check_idle_soon()
-            await future
+            if self.run.requests[request_id].status == "open":
+                self._check_idle_soon()
+                await future
         finally:
             self._waits.pop(request_id, None)
             self._touch()
             self._check_idle_soon()
         await self._enter()
-        return self.run.requests[request_id]
+        settled = self.run.requests[request_id]
+        if secret_places(settled.opened.answer_schema):
+            await self._learn_secrets()
+        return settled
 
     @staticmethod
     def _ask_instead(request: Request, generation: int) -> list[ev.Event]:
@@ -512,15 +648,15 @@ class Attempt:
         reset = ev.StepReset(key=request.opened.key, generation=generation + 1, reason="the question changed")
         return [withdrawn, reset] if request.status == "open" else [reset]
 
-    @staticmethod
-    def _withdrawals(
-        run: Run, reason: str, but: set[str] | None = None, dealt: Sequence[ev.Event] = ()
-    ) -> list[ev.Event]:
-        gone = {event.request_id for event in dealt if isinstance(event, ev.RequestWithdrawn)} | (but or set())
+    def _not_asked(
+        self, run: Run, but: set[str] | None = None, dealt: Sequence[ev.Event] = ()
+    ) -> list[ev.RequestWithdrawn]:
+        """The withdrawals of what no branch waits for any more; a person who is to take the page asks from outside."""
+        kept = {event.request_id for event in dealt if isinstance(event, ev.RequestWithdrawn)} | (but or set())
         return [
-            ev.RequestWithdrawn(request_id=request.opened.request_id, reason=reason)
-            for request in run.open_requests()
-            if request.opened.request_id not in gone
+            ev.RequestWithdrawn(request_id=request_id, reason="no longer asked")
+            for request_id, request in run.unanswered.items()
+            if request_id not in kept and request_id not in self._waits and request.opened.kind != "takeover"
         ]
 
     def _compared(self, run: Run, *, ended: bool = False) -> list[ev.Event]:
@@ -540,8 +676,7 @@ class Attempt:
 
     def _alone(self) -> bool:
         """Whether the calling task is the only branch there is, as far as `Flow` was used."""
-        self._tasks = {task for task in self._tasks if not task.done()}
-        return not self._busy and self._tasks <= {asyncio.current_task()}
+        return not self._busy and asyncio.current_task() is self._root and self._tasks <= {self._root}
 
     def _check_idle_soon(self) -> None:
         """Several branches: call the attempt idle once nothing has happened for a moment."""
@@ -554,7 +689,7 @@ class Attempt:
         def check() -> None:
             if seen != self._activity:
                 self._check_idle_soon()
-            elif not self._busy and self._waits and not self._closed:
+            elif not self._busy and not self._opening and self._waits and not self._closed:
                 self._spawn(self._go_idle())
 
         self._idle_check = asyncio.get_running_loop().call_later(SETTLE, check)
@@ -564,8 +699,7 @@ class Attempt:
             open_ids = {request.opened.request_id for request in run.open_requests()}
             if run.idle or self._busy or not open_ids & set(self._waits):
                 return []
-            gone = self._withdrawals(run, "no longer asked", but=set(self._waits))
-            return [*gone, *self._compared(run), ev.AttemptIdled()]
+            return [*self._not_asked(run), *self._compared(run), ev.AttemptIdled()]
 
         await self._settle_pages(DOWNLOAD_SECONDS)
         with suppress(LeaseLost, IllegalEvent):
@@ -620,6 +754,16 @@ class Attempt:
     def secret(self, name: str) -> str:
         """`Flow.secret`."""
         return self._secrets.get(name)
+
+    def reveal(self, value: Any, schema: Any) -> Any:
+        """An answer to what asked for this schema, with the secrets that it refers to."""
+        return reveal(value, secret_places(schema), self._answers)
+
+    async def _learn_secrets(self) -> None:
+        """Take in the secrets that were given as answers, and mask them from now on."""
+        self._answers = await self.store.secret_answers(self.run.run_id)
+        for reference, value in self._answers.items():
+            self._secrets.know(reference, value)
 
     # --- the page ---
 
@@ -683,12 +827,20 @@ class Attempt:
         with suppress(FlowError):  # the run may have ended meanwhile
             await self.store.append(self.run.run_id, *events, epoch=epoch)
 
-    async def _keep_evidence(self) -> list[str]:
-        """A screenshot of the page at the moment of a failure, as far as there is a page."""
-        image = await self.pages.screenshot()
+    async def _keep_evidence(self, moment: str) -> list[str]:
+        """A picture and a record of the page at the moment when the run fails or stops, as far as there is a page."""
+        image, text = await asyncio.gather(self.pages.screenshot(), self.pages.record(self._secrets.known.values()))
+        kept = []
         with suppress(OSError):  # evidence must not hide the failure that it is about
-            return [await self._keep(f"failure-{self.run.attempt}.png", image, None)] if image else []
-        return []
+            if image:
+                kept.append(await self._keep(f"{moment}.png", image, None))
+            if text:
+                kept.append(await self._keep(f"{moment}.txt", text.encode("utf-8", "replace"), None))
+        return kept
+
+    async def _keep_stop(self, seq: int) -> None:
+        with suppress(FlowError):  # the run has gone on, or ended
+            await self._keep_evidence(f"stop-{seq}")
 
     async def _keep(self, name: str, content: bytes, key: str | None) -> str:
         path = self._folder() / name
@@ -714,7 +866,9 @@ class Attempt:
                     self._spawn(self.pages.session.resume())
         elif self._gate.is_set():
             self._gate.clear()
-            if hijack.stopped is None:
+            if hijack.stopped is None and self.run.idle:
+                self._spawn(self._stop_between_steps(None))  # it came to its wait before it heard of the hijack
+            elif hijack.stopped is None:
                 self._spawn(self._stop_at_action())
 
     def _settle_waits(self) -> None:
@@ -756,8 +910,9 @@ class Attempt:
         if what:
             scope.refuse_nesting(what)
         task = asyncio.current_task()
-        if task is not None:
+        if task is not None and task not in self._tasks:
             self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         self._touch()
         if not self._lease_is_fresh(self._ours_since):
             await self._see_that_it_is_ours()

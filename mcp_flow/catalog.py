@@ -130,6 +130,13 @@ class Reader:
                 )
         raise _unknown(name, self._root, await self.catalog())
 
+    async def check(self, revision: Revision) -> list[str]:
+        """The names of the workflows in a revision; raises `BrokenWorkflow` for one that can't be imported."""
+        answer = await self._ask(revision)
+        if broken := answer.get("broken"):
+            raise BrokenWorkflow(" ".join(broken))
+        return [found["function"] for found in answer.get("workflows", [])]
+
     async def validate(self, revision: Revision, function: str, input: Any) -> dict[str, Any]:
         """The input of one of a revision's workflows in its normal form; raises `InvalidInput`, `BrokenWorkflow`."""
         answer = await self._ask(revision, function=function, input=input)

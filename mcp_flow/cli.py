@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mcp_flow.app import App
     from mcp_flow.channel import Channel
     from mcp_flow.config import Settings
+    from mcp_flow.events import RequestOpened
     from mcp_flow.library import RunResult
 
 P = ParamSpec("P")
@@ -178,13 +179,11 @@ def runs(settings: Settings, status: tuple[str, ...], limit: int) -> None:
     from rich.table import Table
 
     async def work(app: App) -> list[Any]:
-        rows = await app.control.runs(status, None, None, limit, None)
-        words = ["interrupted" if app.control.interrupted(row.status, row.owner) else row.status for row in rows]
-        return [(row, word) for row, word in zip(rows, words, strict=True) if not status or word in status]
+        return await app.control.runs(status, None, None, limit, None)
 
     table = Table("run", "workflow", "status", "step", "why", box=None, header_style="bold")
-    for row, word in _run(settings, work):
-        table.add_row(row.run_id, row.workflow, word, row.step or "", (row.why or "")[:80])
+    for row in _run(settings, work):
+        table.add_row(row.run_id, row.workflow, row.status, row.step or "", (row.why or "")[:80])
     Console().print(table)
 
 
@@ -226,16 +225,58 @@ def approve(settings: Settings, request_id: str, deny: bool, note: str | None) -
 @click.argument("value", required=False)
 @_with_settings
 def answer(settings: Settings, request_id: str, value: str | None) -> None:
-    """Answer a request with JSON, or plain text, as the person at this terminal."""
+    """Answer a request with JSON, or plain text, as the person at this terminal; a secret is asked for unseen."""
+    from mcp_flow.answers import check_open, check_who
+    from mcp_flow.errors import InvalidInput
+    from mcp_flow.secrets import secret_places
 
     async def work(app: App) -> str:
-        run_id = await app.control.run_of(request_id)
-        await app.control.resume(
-            run_id, _person(), value=_value(value), has_value=value is not None, request_id=request_id
-        )
+        run_id, person = await app.control.run_of(request_id), _person()
+        run = await app.control.run(run_id)
+        opened = run.requests[request_id].opened
+        given = _value(value)
+        if secret_places(opened.answer_schema):
+            if value is not None:
+                raise InvalidInput(
+                    f"Request {request_id} asks for a secret, which a command line would show to others: leave it out, "
+                    "and it is asked for unseen."
+                )
+            check_open(run, run.requests[request_id])
+            check_who(run.requests[request_id], person, settings.typed)
+            given = _typed_unseen(opened)
+        await app.control.resume(run_id, person, value=given, has_value=given is not None, request_id=request_id)
         return run_id
 
     click.echo(f"Answered; run {_run(settings, work)} goes on.")
+
+
+@main.command("resume")
+@click.argument("run_id")
+@_with_settings
+def resume_run(settings: Settings, run_id: str) -> None:
+    """Let a stopped run go on, as the person at this terminal; what is hijacked is handed back."""
+
+    async def work(app: App) -> str | None:
+        return await app.control.resume(run_id, _person())
+
+    click.echo(_run(settings, work) or f"Run {run_id} goes on.")
+
+
+@main.command()
+@click.argument("name")
+@click.argument("payload", default="null")
+@click.option("--run", "run_id", help="To this run, which keeps it until it waits for it.")
+@click.option("--key", help="The same key again is the same event.")
+@_with_settings
+def send(settings: Settings, name: str, payload: str, run_id: str | None, key: str | None) -> None:
+    """Send the event NAME, with PAYLOAD as JSON, to one run or to all that wait for it."""
+
+    async def work(app: App) -> list[str]:
+        return await app.control.send_event(name, _json(payload, "PAYLOAD"), _person(), run_id, key)
+
+    took = _run(settings, work)
+    kept = f"Run {run_id} keeps it, or has had it under this key." if run_id else "No run waits for it."
+    click.echo(f"Taken by {', '.join(took)}." if took else kept)
 
 
 @main.command()
@@ -254,12 +295,14 @@ def cancel(settings: Settings, run_id: str, reason: str) -> None:
 
 @main.command()
 @click.argument("workflow")
-@click.option("--input", "input_json", default="{}", show_default=True, help="The input as JSON.")
+@click.option("--input", "input_json", help="The input as JSON.")
 @click.option("--id", "run_id", help="The run's id; one that is there already goes on with --resume.")
 @click.option("--resume", is_flag=True, help="Let the run of this id go on.")
 @click.option("--headed", is_flag=True, help="With a window.")
 @_with_settings
-def run(settings: Settings, workflow: str, input_json: str, run_id: str | None, resume: bool, headed: bool) -> None:
+def run(
+    settings: Settings, workflow: str, input_json: str | None, run_id: str | None, resume: bool, headed: bool
+) -> None:
     """Execute WORKFLOW in this process, until it ends or somebody is needed."""
     import anyio
 
@@ -268,7 +311,7 @@ def run(settings: Settings, workflow: str, input_json: str, run_id: str | None, 
     async def work() -> None:
         result: RunResult[Any] = await run_workflow(
             workflow,
-            input=_json(input_json),
+            input=None if input_json is None else _json(input_json, "--input"),
             run_id=run_id,
             resume=resume,
             headless=not headed,
@@ -344,13 +387,41 @@ def _person() -> Channel:
     return Channel(by=getpass.getuser(), via="terminal" if at_terminal else "command", human=at_terminal)
 
 
-def _json(text: str) -> Any:
+def _typed_unseen(opened: RequestOpened) -> Any:
+    """What the person types for a request that holds a secret, field by field; a field left empty is left out."""
+    from mcp_flow.secrets import secret_places
+
+    schema = opened.answer_schema or {}
+    properties = schema.get("properties")
+    unseen = {place[0] for place in secret_places(schema) if place}
+    if not properties:
+        return _field(schema, getpass.getpass(f"{opened.prompt} (not shown) "))
+    click.echo(opened.prompt)
+    typed = {
+        name: getpass.getpass(f"  {name} (not shown) ") if name in unseen else input(f"  {name} ")
+        for name in properties
+    }
+    return {name: _field(properties[name], text) for name, text in typed.items() if text}
+
+
+def _field(schema: dict[str, Any], text: str) -> Any:
+    """What was typed for a field: text where it takes text, and JSON otherwise."""
+    options = schema.get("anyOf", [schema])
+    if any(option.get("type") == "string" for option in options):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _json(text: str, what: str) -> Any:
     from mcp_flow.errors import InvalidInput
 
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InvalidInput(f"--input is no JSON: {error}.") from error
+        raise InvalidInput(f"{what} is no JSON: {error}.") from error
 
 
 def _value(text: str | None) -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 import tomllib
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from mcp_flow.errors import FlowError, InvalidId, InvalidInput
 
+DEFAULT_HOME = ".mcp-flow"
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -45,8 +47,14 @@ class Settings:
     """How long a step in flight may take to end when its attempt is suspended."""
     hold: float = 1800.0
     """How long a run that waits keeps its page."""
+    hijack_idle: float = 600.0
+    """How long whoever has taken a page may leave it unused."""
     take_up: bool = True
     """Whether runs whose owner has died are taken up by themselves; `resume` does it otherwise."""
+    save_workflows: bool = False
+    """Whether clients may write workflow files."""
+    exec_js: Literal["write", "read", "off"] = "write"
+    """What code from clients may do in a page."""
 
     @property
     def database(self) -> Path:
@@ -65,6 +73,11 @@ class Settings:
         root = Path(base) if base and os.access(base, os.W_OK) else Path(tempfile.gettempdir())
         name = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
         return root / f"mcp-flow-{os.getuid()}" / name
+
+    def typed(self, command: str) -> str:
+        """`command` as a person types it in a terminal; with the home folder, unless it is the one that is found."""
+        elsewhere = "" if self.home == Path(DEFAULT_HOME).resolve() else f" --home {shlex.quote(str(self.home))}"
+        return f"mcp-flow {command}{elsewhere}"
 
     def run_folder(self, run_id: str) -> Path:
         """The folder of one run's artifacts, downloads and logs."""
@@ -85,7 +98,7 @@ def load(**flags: Any) -> Settings:
     Raises `InvalidInput` naming the setting and the place that a bad value came from.
     """
     given: dict[str, tuple[Any, str]] = {}
-    home = flags.get("home") or os.environ.get("MCP_FLOW_HOME") or ".mcp-flow"
+    home = flags.get("home") or os.environ.get("MCP_FLOW_HOME") or DEFAULT_HOME
     home = Path(home).expanduser().resolve()
     names = {field.name for field in dataclasses.fields(Settings)}
     file = home / "settings.toml"
@@ -140,19 +153,23 @@ def parse_viewport(value: Any, source: str = "viewport") -> tuple[int, int]:
 
 
 def _parse(name: str, value: Any, source: str) -> Any:
-    choices = {"env": ("development", "production"), "log": ("debug", "info", "warning")}
+    choices = {
+        "env": ("development", "production"),
+        "log": ("debug", "info", "warning"),
+        "exec_js": ("write", "read", "off"),
+    }
     match name:
         case "home" | "workflows":
             return Path(value)
         case "viewport":
             return parse_viewport(value, source)
-        case "env" | "log":
+        case "env" | "log" | "exec_js":
             if value not in choices[name]:
                 raise InvalidInput(f"{source}: {value!r} is none of {', '.join(choices[name])}.")
             return value
         case "browser":
             return str(value)
-        case "take_up":
+        case "take_up" | "save_workflows":
             return _as_bool(value, source)
         case _:
             try:

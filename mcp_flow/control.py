@@ -16,15 +16,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import anyio
-import jsonschema
 
 from mcp_flow import events as ev
 from mcp_flow import presence
+from mcp_flow.answers import (
+    Given,
+    Vault,
+    answers_to,
+    check_holder,
+    check_open,
+    check_who,
+    end_takeover,
+    fitting,
+    hand_back,
+    open_ones,
+    settle_step,
+)
 from mcp_flow.browser import host as hosts
 from mcp_flow.catalog import Reader
 from mcp_flow.channel import Channel
 from mcp_flow.config import Settings, check_id
 from mcp_flow.errors import (
+    BrokenWorkflow,
     CodeChanged,
     Conflict,
     FlowError,
@@ -36,11 +49,15 @@ from mcp_flow.errors import (
     UnknownStep,
 )
 from mcp_flow.leases import Leases
-from mcp_flow.revisions import Revision, capture, diff
-from mcp_flow.run import Request, Run
+from mcp_flow.revisions import Revision, capture, diff, entry_of, write
+from mcp_flow.run import Run, step_of, takes
+from mcp_flow.secrets import secret_places
 from mcp_flow.store import RequestRow, RunRow, Store
 
 OnChange = Literal["accept", "refuse"]
+LONGEST_EVENT = 200
+LARGEST_PAYLOAD = 65_536
+LARGEST_SOURCE = 1_000_000
 LONGEST_DIFF = 4000
 """Characters of a difference in code that a refusal shows; `get_run` shows half of it."""
 STOPPED = frozenset({"paused", "waiting-input", "waiting-approval", "in-doubt", "hijacked", "failed"})
@@ -72,12 +89,17 @@ class Control:
         run_id: str | None = None,
         headless: bool = True,
         viewport: tuple[int, int] | None = None,
+        hold: bool = False,
+        pause_before: Sequence[str] = (),
+        single_step: bool = False,
         owner: str | None = None,
     ) -> str:
         """Start a run and return its id; the same id, workflow and input again is that same run.
 
-        With an `owner` the new run is that worker's from its first moment. Raises `UnknownWorkflow`, `BrokenWorkflow`,
-        `InvalidInput`, `InvalidId`, and `Conflict` for an id in use.
+        With `hold` it stays queued until `resume`; it pauses before the steps named in `pause_before`, or with
+        `single_step` before every one, except in production. With an `owner` the new run is that worker's from its
+        first moment. Raises `UnknownWorkflow`, `BrokenWorkflow`, `InvalidInput`, `InvalidId`, and `Conflict` for an id
+        in use.
         """
         if run_id is not None:
             check_id(run_id, "run")
@@ -97,6 +119,9 @@ class Control:
             input=normal,
             headless=headless,
             viewport=viewport,
+            hold=hold,
+            pause_before=list(pause_before),
+            single_step=single_step,
         )
         return await self.begin(created, revision, run_id, owner)
 
@@ -131,24 +156,29 @@ class Control:
         rerun: Sequence[str] = (),
         rerun_from: str | None = None,
         on_change: OnChange | None = None,
+        max_steps: int | None = None,
         wake: bool = True,
     ) -> str | None:
         """Let a stopped run go on, under the code as it is now on disk; returns a remark when nothing changed.
 
         `rerun` resets the steps that it names; `rerun_from` a step and all that first began after it, of which a
         finished `once` step opens a request when it is reached. With `on_change="refuse"` (the default in production)
-        edited code is refused with `CodeChanged`, which names the difference. Without `wake` no worker is started.
+        edited code is refused with `CodeChanged`, which names the difference. After `max_steps` new steps the run
+        pauses. Without `wake` no worker is started.
 
-        Raises `RunEnded` with a request or value for an ended run, `UnknownStep`, `InvalidInput`, `NotAllowed`,
+        Raises, unless the run has ended, `UnknownRequest`, `UnknownStep`, `InvalidInput`, `Conflict`, `NotAllowed`,
         and `BrokenWorkflow` for code that can't be imported.
         """
+        given, vault = Given(value, has_value, request_id, step), Vault()
+        await self._keep_due()
         run = await self._store.run(run_id)
         if run.ended:
             if request_id in run.requests:
-                self._answers(run, channel, value, has_value, request_id, step)  # another answer than the first
+                # Raises for another answer than the first.
+                answers_to(run, channel, given, vault, self._settings.typed)
             return f"Run {run_id} is {run.status}; there is nothing to resume."
         if request_id is not None and request_id not in run.requests:
-            raise UnknownRequest(f"Run {run_id} has no request {request_id!r}. {_open_ones(run)}")
+            raise UnknownRequest(f"Run {run_id} has no request {request_id!r}. {open_ones(run)}")
         keys = [_find_step(run, name) for name in rerun]
         start_key = _find_step(run, rerun_from) if rerun_from is not None else None
         revision = await self._current_revision(run, on_change)
@@ -156,11 +186,13 @@ class Control:
 
         def plan(run: Run) -> list[ev.Event]:
             if run.ended:
-                raise RunEnded(f"Run {run_id} is {run.status}; nothing changes it any more.")
+                return []
             # What makes a new attempt comes before the release: only while it is held does a live run stand still.
             moves: list[ev.Event] = []
             resets = _resets(run, keys, start_key, channel.by)
-            answers = self._answers(run, channel, value, has_value, request_id, step)
+            check_holder(run, channel, self._settings.typed)
+            settled = settle_step(run, given, channel)
+            answers = [] if settled else answers_to(run, channel, given, vault, self._settings.typed)
             answers = [answer for answer in answers if answer.request_id not in _withdrawn(resets)]
             lost = gone is not None and run.owner == gone
             executing = run.owner is not None and run.active and not run.idle and not lost
@@ -173,85 +205,28 @@ class Control:
                 or (run.idle and changed)
                 or (bool(answers) and changed)
                 or (lost and not run.idle)
+                or run.on_hold
             )
             if lost and (anew or answers):
                 moves.append(ev.RunOrphaned(owner=str(gone)))
-            if anew or (run.hijack and run.hijack.stopped and run.active and (resets or changed)):
-                moves += resets
+            stands = run.hijack is not None and run.hijack.stopped is not None and run.active
+            if anew or (stands and (resets or settled or changed)):
+                moves += resets + settled
                 moves.append(ev.RunResumed(revision=revision.hash if revision else run.revision, by=channel.by))
             if run.hijack:
                 moves.append(ev.HijackReleased(by=channel.by))
+                moves += end_takeover(run, answers, channel)
+            if max_steps is not None or run.budget is not None:
+                moves.append(ev.RunBudgeted(steps=max_steps))
             return [*moves, *answers]
 
-        appended = await self._store.decide(run_id, plan)
+        appended = await self._store.answer_with_secrets(run_id, plan, vault.kept)
         if wake:
             await self._wake(run_id)
         if not appended:
             run = await self._store.run(run_id)
-            return f"Nothing changed: run {run_id} is {run.status}. {_open_ones(run)}"
+            return f"Nothing changed: run {run_id} is {run.status}. {open_ones(run)}"
         return None
-
-    def _answers(
-        self,
-        run: Run,
-        channel: Channel,
-        value: Any,
-        has_value: bool,
-        request_id: str | None,
-        step: Literal["done", "again"] | None,
-    ) -> list[ev.RequestAnswered]:
-        """The answers that a `resume` gives: to the request named, to the one that fits, or to every pause."""
-        open_requests = run.open_requests()
-        if request_id is not None:
-            request = run.requests[request_id]
-            if _says_the_same(request, value, has_value, step):
-                return []
-            return [self._answer(run, request, channel, value, has_value, step)]
-        if step is not None:
-            chosen = [r for r in open_requests if r.opened.kind == "in-doubt"]
-        elif has_value:
-            chosen = [r for r in open_requests if r.opened.kind == "input"]
-        else:
-            return [self._answer(run, r, channel, None, False, None) for r in open_requests if r.opened.kind == "pause"]
-        if len(chosen) != 1:
-            what = "is in doubt" if step else "waits for a value"
-            count = "Nothing" if not chosen else f"More than one thing ({len(chosen)})"
-            raise NotAllowed(f"{count} in run {run.run_id} {what}. {_open_ones(run)}")
-        return [self._answer(run, chosen[0], channel, value, has_value, step)]
-
-    def _answer(
-        self,
-        run: Run,
-        request: Request,
-        channel: Channel,
-        value: Any,
-        has_value: bool,
-        step: Literal["done", "again"] | None,
-    ) -> ev.RequestAnswered:
-        opened = request.opened
-        _check_open(run, request, value if has_value else None)
-        _check_who(request, channel)
-        given: Any = None
-        match opened.kind:
-            case "approval":
-                raise NotAllowed(
-                    f"Request {opened.request_id} is an approval, which resume does not give: "
-                    f"approve(request_id={opened.request_id!r})."
-                )
-            case "in-doubt":
-                if step is None:
-                    raise NotAllowed(
-                        f"{opened.prompt} The call: resume(run_id={run.run_id!r}, step='done', value=…) or "
-                        f"resume(run_id={run.run_id!r}, step='again')."
-                    )
-                if step == "done" and not has_value and opened.has_default:
-                    value = opened.default
-                given = {"step": step} | ({"value": _fitting(opened, value)} if step == "done" else {})
-            case "input":
-                if not has_value:
-                    raise NotAllowed(f"Request {opened.request_id} waits for a value: {opened.prompt}")
-                given = _fitting(opened, value)
-        return ev.RequestAnswered(request_id=opened.request_id, value=given, by=channel.by, via=channel.via)
 
     async def fork(self, run_id: str, from_step: str, new_id: str | None = None) -> str:
         """Start a run that shares what finished in another before `from_step`; returns its id.
@@ -272,7 +247,8 @@ class Control:
         revision = await self._capture(source)
         await self._reader.validate(revision, source.created.function, source.created.input)
         await self._store.save_revision(revision.hash, revision.entry, revision.files)
-        created = source.created.model_copy(update={"revision": revision.hash, "forked_from": run_id, "fork_step": key})
+        forked = {"revision": revision.hash, "forked_from": run_id, "fork_step": key, "hold": False}
+        created = source.created.model_copy(update=forked)
         kept = await self._store.load_checkpoint(run_id)
         places = json.dumps({"main": step.url} if step.url else {})
         data = json.dumps({"storage": json.loads(kept[1]).get("storage", {}) if kept else {}, "rebuilding": True})
@@ -287,6 +263,7 @@ class Control:
         self, request_id: str, channel: Channel, decision: Literal["approve", "deny"], note: str | None
     ) -> str:
         """Decide an approval; returns the run's id. The same decision again is fine, another is a `Conflict`."""
+        await self._keep_due()
         run_id = await self.run_of(request_id)
 
         def plan(run: Run) -> list[ev.Event]:
@@ -299,8 +276,8 @@ class Control:
             approved = decision == "approve"
             if request.status == "answered" and request.value == {"approved": approved}:
                 return []
-            _check_open(run, request, {"approved": approved})
-            _check_who(request, channel)
+            check_open(run, request)
+            check_who(request, channel, self._settings.typed)
             return [
                 ev.RequestAnswered(
                     request_id=request_id, value={"approved": approved}, note=note, by=channel.by, via=channel.via
@@ -329,28 +306,199 @@ class Control:
         await self._store.decide(run_id, plan)
         await self._wake(run_id)
 
-    async def hijack(self, run_id: str, channel: Channel, reason: str) -> None:
+    async def hijack(self, run_id: str, channel: Channel, reason: str, holder: ev.Holder = "agent") -> None:
         """Take the page: at once from a run that stands still, at its next action or step from one that runs.
 
-        Raises `RunEnded`, and `Conflict` naming who holds it already.
+        With the holder "human" a request is opened for a person, and only a person hands the page back.
+        Raises `RunEnded`, `Conflict` naming who holds it already, and `NotAllowed` for a person without a window.
         """
+        await self._keep_due()
+        person = holder == "human" or channel.human
 
         def plan(run: Run) -> list[ev.Event]:
             if run.ended:
                 raise RunEnded(f"Run {run_id} is {run.status}; its page is closed.")
-            if run.hijack:
+            if run.hijack and run.hijack.held:
                 held = run.hijack.requested
                 raise Conflict(
                     f"Run {run_id} is held by the {held.holder} already since {run.hijack.at}: {held.reason!r}. "
-                    f"resume(run_id={run_id!r}) hands it back."
+                    + hand_back(run, self._settings.typed)
                 )
-            moves: list[ev.Event] = [ev.HijackRequested(reason=reason, holder="human" if channel.human else "agent")]
-            if run.idle or run.owner is None:
+            assert run.created
+            if holder == "human" and run.created.headless:
+                raise NotAllowed(
+                    f"Run {run_id} has no window in which a person could take its page. Start it with headless=false "
+                    f"for that; an agent takes it with hijack(run_id={run_id!r}, reason=…)."
+                )
+            moves: list[ev.Event] = [
+                ev.HijackRequested(
+                    reason=reason, holder="human" if person else "agent", idle_s=self._settings.hijack_idle
+                )
+            ]
+            if (run.idle or run.owner is None) and not (run.hijack and run.hijack.stopped):
                 moves.append(ev.RunHijacked())
+            if holder == "human":
+                request_id = f"q-{secrets.token_hex(6)}"
+                moves.append(
+                    ev.RequestOpened(
+                        request_id=request_id,
+                        key=f"takeover {request_id}",
+                        kind="takeover",
+                        prompt=f"Take the page over: {reason}",
+                        fingerprint=request_id,
+                        by="human",
+                    )
+                )
             return moves
 
         await self._store.decide(run_id, plan)
         await self._wake(run_id)
+
+    async def take_page(self, run_id: str, channel: Channel, reason: str) -> Run:
+        """The run, with its page in the caller's hands: one that is paused or has failed is taken by this very call.
+
+        Raises `NotAllowed` with the call to make first for any other run that nobody has taken, `RunEnded`, `Conflict`.
+        """
+        await self._keep_due()
+        run = await self.run(run_id)
+        if run.ended:
+            raise RunEnded(f"Run {run_id} is {run.status}; its page is closed.")
+        check_holder(run, channel, self._settings.typed)
+        if run.hijack and run.hijack.held and run.hijack.stopped:
+            return run
+        if run.status not in ("paused", "failed"):
+            raise NotAllowed(
+                f"Run {run_id} is {run.status}; acting on its page would race with its code. "
+                f'hijack(run_id={json.dumps(run_id)}, reason="…") stops it and takes the page first.'
+            )
+        await self.hijack(run_id, channel, reason)
+        return await self._store.run(run_id)
+
+    # --- code ---
+
+    async def save_workflow(self, name: str, source: str, expected_revision: str | None = None) -> tuple[str, str]:
+        """Write a workflow file, once it can be imported; returns its path and revision. The old one is kept.
+
+        Raises `NotAllowed` where that is not enabled, `Conflict` unless `expected_revision` (the beginning of it will
+        do) is what stands there now, `BrokenWorkflow` for a source that can't be imported, `InvalidInput`.
+        """
+        root = self._settings.workflows
+        if not self._settings.save_workflows:
+            raise NotAllowed(
+                f"Clients may not write workflows here. Edit the files in {root}, or set MCP_FLOW_SAVE_WORKFLOWS=on "
+                "and restart the server."
+            )
+        content = source.encode("utf-8", "surrogateescape")
+        if len(content) > LARGEST_SOURCE:
+            raise InvalidInput(f"The source has {len(content)} bytes, and may have {LARGEST_SOURCE}.")
+        entry = await anyio.to_thread.run_sync(entry_of, root, name)
+        revision = await anyio.to_thread.run_sync(capture, root, entry, content)
+        if not (found := await self._reader.check(revision)):
+            raise BrokenWorkflow(f"{entry} would hold no workflow: none of its functions is marked @workflow.")
+        await self._store.save_revision(revision.hash, entry, revision.files)
+
+        def swap() -> Revision | None:
+            with presence.changing_of_the_guard(self._settings):
+                before = capture(root, entry) if (root / entry).exists() else None
+                now = before.hash if before else None
+                if (now or "") != (expected_revision or "") and not (
+                    now and expected_revision and len(expected_revision) >= 8 and now.startswith(expected_revision)
+                ):
+                    stands = f"holds revision {now[:12]}" if now else "is not there"
+                    raise Conflict(
+                        f"{entry} {stands}, not the expected {expected_revision or 'nothing'}; nothing was written. "
+                        f"list_workflows(name={found[0]!r}) shows what stands there now."
+                    )
+                write(root, entry, content)
+                return before
+
+        before = await anyio.to_thread.run_sync(swap)
+        if before is not None:
+            await self._store.save_revision(before.hash, entry, before.files)
+        return str(root / entry), revision.hash
+
+    # --- events ---
+
+    async def send_event(
+        self, name: str, payload: Any, channel: Channel, run_id: str | None = None, key: str | None = None
+    ) -> list[str]:
+        """Send an event to one run, where it is kept until it is waited for, or to all that wait; returns who took it.
+
+        The same `key` again is the same event: no run receives it twice, and who waits for it only later does not
+        get it. Raises `InvalidInput` for a name or payload that is too long, or that does not fit what the run named
+        waits for, or any of those that wait (the others get it); `Conflict` for the key of an event of another name;
+        `RunEnded`, `UnknownRun`.
+        """
+        if not 0 < len(name) <= LONGEST_EVENT:
+            raise InvalidInput(f"An event's name has 1 to {LONGEST_EVENT} characters, not {len(name)}.")
+        if key is not None and not 0 < len(key) <= LONGEST_EVENT:
+            raise InvalidInput(f"An event's key has 1 to {LONGEST_EVENT} characters, not {len(key)}.")
+        if (size := len(json.dumps(payload))) > LARGEST_PAYLOAD:
+            raise InvalidInput(
+                f"The payload of event {name!r} has {size} characters of JSON, and may have {LARGEST_PAYLOAD}. "
+                "Put the data into a file or a database, and send where it is."
+            )
+        await self._keep_due()
+        if run_id is not None:
+            check_id(run_id, "run")
+            taken = await self._deliver(run_id, name, payload, key, channel, keep=True)
+            await self._wake(run_id)
+            return [run_id] if taken else []
+        if key is not None and (before := await self._store.sent_under(key)) is not None:
+            if before != name:
+                raise Conflict(f"The key {key!r} is that of an event {before!r} that was sent already. Choose another.")
+            return []
+        took, refused = list[str](), list[InvalidInput]()
+        for one in await self._store.waiting_for_event(name):
+            try:
+                if await self._deliver(one, name, payload, key, channel, keep=False):
+                    took.append(one)
+            except InvalidInput as error:
+                refused.append(error)
+        for one in took:
+            await self._wake(one)
+        if refused:
+            got = f"\nTaken by {', '.join(took)}." if took else ""
+            raise InvalidInput("\n".join(map(str, refused[:5])) + got)
+        if key is not None:
+            # Only now: one that is sent again because its sender died halfway must reach the rest.
+            await self._store.note_sending(key, name)
+        return took
+
+    async def _deliver(
+        self, run_id: str, name: str, payload: Any, key: str | None, channel: Channel, *, keep: bool
+    ) -> bool:
+        """Give an event to a run: to its oldest wait that takes it, else with `keep` to its inbox."""
+        taken = False
+
+        def plan(run: Run) -> list[ev.Event]:
+            nonlocal taken
+            taken = False
+            if run.ended:
+                if keep:
+                    raise RunEnded(f"Run {run_id} is {run.status}; it waits for no event any more.")
+                return []
+            if key is not None and key in run.event_keys:
+                return []
+            received = ev.EventReceived(name=name, payload=payload, key=key, by=channel.by)
+            for request in run.open_requests():
+                if request.opened.kind == "event" and takes(request.opened, name, payload):
+                    taken = True
+                    value = fitting(request.opened, payload)
+                    return [
+                        received,
+                        ev.RequestAnswered(
+                            request_id=request.opened.request_id,
+                            value=value,
+                            by=channel.by,
+                            via="event",
+                            event=run.seq + 1,
+                        ),
+                    ]
+            return [received] if keep else []
+
+        await self._store.decide(run_id, plan)
+        return taken
 
     # --- watch ---
 
@@ -360,11 +508,11 @@ class Control:
         seen = -1
         while True:
             rings = self._bell.rings
+            await self._keep_due()
             run = await self._store.run(run_id)
             if run.seq != seen and on_news and seen >= 0:
                 await on_news(run)
             seen = run.seq
-            await self._keep_due()
             if self.at_rest(run) or anyio.current_time() >= deadline:
                 return run
             await self._bell.next_ring(min(1.0, deadline - anyio.current_time()), rings)
@@ -372,7 +520,7 @@ class Control:
     @staticmethod
     def at_rest(run: Run) -> bool:
         """Whether the run has stopped where somebody is needed, or has ended."""
-        return run.status in STOPPED or run.status in ENDED
+        return run.status in STOPPED or run.status in ENDED or (run.on_hold and run.status == "queued")
 
     async def run(self, run_id: str) -> Run:
         """The run as it is now; raises `UnknownRun`, `InvalidId`."""
@@ -386,11 +534,11 @@ class Control:
     async def runs(
         self, status: Sequence[str], workflow: str | None, query: str | None, limit: int, before: int | None
     ) -> list[RunRow]:
-        """The registry, newest first; a run that may be `interrupted` is among those asked for by that word."""
+        """The registry, newest first; a run stored as running has the status `interrupted` if its owner died."""
         if unknown := [word for word in status if word not in STATUSES]:
             raise InvalidInput(f"There is no status {unknown[0]!r}. The statuses: {', '.join(STATUSES)}.")
-        stored = ["running" if word == "interrupted" else word for word in status]
-        return await self._store.list_runs(stored, workflow, query, limit, before)
+        living = presence.living(self._settings)
+        return await self._store.list_runs(status, workflow, query, limit, before, living)
 
     async def requests(
         self, run_id: str | None, kinds: Sequence[str], limit: int, after: tuple[str, str] | None
@@ -434,10 +582,19 @@ class Control:
         assert run.created
         return any(host.headless is run.created.headless for host in hosts.living(self._settings))
 
-    async def note_evaluation(self, run_id: str, code: str, mode: Literal["read", "write"], outcome: str) -> None:
+    async def note_evaluation(
+        self, run_id: str, channel: Channel, code: str, mode: Literal["read", "write"], outcome: str
+    ) -> None:
         """Journal that code was evaluated in the run's page."""
+        event = ev.PageEvaluated(code=code[:2000], mode=mode, outcome=outcome[:500], by=channel.by)
         with contextlib.suppress(FlowError):  # a remark must not fail what it remarks on
-            await self._store.append(run_id, ev.PageEvaluated(code=code[:2000], mode=mode, outcome=outcome[:500]))
+            await self._store.append(run_id, event)
+
+    async def note_actions(self, run_id: str, channel: Channel, lines: Sequence[str], outcome: str) -> None:
+        """Journal what was done in the run's page."""
+        event = ev.PageActed(lines=[line[:1000] for line in lines], outcome=outcome[:500], by=channel.by)
+        with contextlib.suppress(FlowError):  # a remark must not fail what it remarks on
+            await self._store.append(run_id, event)
 
     async def keep_awake(self) -> float | None:
         """Start a worker if any run wants one, so that nothing stays behind; returns the seconds until the next is due.
@@ -523,82 +680,10 @@ class Control:
         return diff(before, revision.files, limit)
 
 
-def _check_open(run: Run, request: Request, value: Any) -> None:
-    """Raise `Conflict` for a request that is settled already."""
-    opened = request.opened
-    match request.status:
-        case "answered":
-            who = f"by {request.by} via {request.via}"
-            given = json.dumps(request.value, ensure_ascii=False)
-            if opened.kind == "approval":
-                given = "approved" if request.value["approved"] else "denied"
-            raise Conflict(f"Request {opened.request_id} was answered already {who}: {given:.200}.")
-        case "expired":
-            raise Conflict(f"Request {opened.request_id} expired at {opened.expires}. {_open_ones(run)}")
-        case "withdrawn":
-            raise Conflict(f"Request {opened.request_id} was withdrawn; the run no longer asks. {_open_ones(run)}")
-
-
-def _says_the_same(request: Request, value: Any, has_value: bool, step: str | None) -> bool:
-    """Whether the request was answered just so: who asks again because no reply came is not to get an error."""
-    opened, given = request.opened, request.value
-    if request.status != "answered":
-        return False
-    match opened.kind:
-        case "approval":
-            return False
-        case "in-doubt":
-            said = value if has_value or not opened.has_default else opened.default
-            return bool(given["step"] == step and (step == "again" or given["value"] == said))
-        case "input":
-            return has_value and given in (value, _parsed(value))
-        case _:
-            return True
-
-
-def _parsed(value: Any) -> Any:
-    """What a text says as JSON; anything else as it is."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return json.loads(value)
-    return value
-
-
-def _check_who(request: Request, channel: Channel) -> None:
-    opened = request.opened
-    if opened.by == "human" and not channel.human:
-        raise NotAllowed(
-            f"Only a person may answer request {opened.request_id} ({opened.prompt!r:.200}). In a terminal: "
-            f"mcp-flow {'approve' if opened.kind == 'approval' else 'answer'} {opened.request_id}"
-        )
-
-
-def _fitting(opened: ev.RequestOpened, value: Any) -> Any:
-    """`value`, or what it says as JSON where only that fits: some clients send everything as text."""
-    problems = _problems(opened, value)
-    if problems and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            parsed = json.loads(value)
-            if not _problems(opened, parsed):
-                return parsed
-    if problems:
-        raise InvalidInput(
-            f"The answer does not fit request {opened.request_id} ({opened.prompt!r:.200}), which stays open:", problems
-        )
-    return value
-
-
-def _problems(opened: ev.RequestOpened, value: Any) -> list[str]:
-    validator = jsonschema.Draft202012Validator(opened.answer_schema or {})
-    return [
-        f"{'.'.join(map(str, error.absolute_path)) or 'the answer'}: {error.message[:300]}"
-        for error in validator.iter_errors(value)
-    ]
-
-
 def _find_step(run: Run, name: str) -> str:
     """The key of a step given as its key or its bare name; raises `UnknownStep`."""
-    known_keys = [*run.steps, *(key for key in run.waits if not key.endswith("?"))]
+    first = run.first_seqs()
+    known_keys = [*run.steps, *(key for key in run.waits if step_of(key) == key and key in first)]
     if name in known_keys:
         return name
     found = [key for key in known_keys if key.rpartition("#")[0] == name]
@@ -615,7 +700,7 @@ def _resets(run: Run, keys: Sequence[str], start_key: str | None, by: str) -> li
     later: list[str] = []
     if start_key is not None:
         # An in-doubt request lives and falls with its step.
-        later = [key for key, seq in first.items() if seq > first[start_key] and not key.endswith("?")]
+        later = [key for key, seq in first.items() if seq > first[start_key] and step_of(key) == key]
     events: list[ev.Event] = []
     for key in dict.fromkeys([*keys, *([start_key] if start_key else []), *sorted(later, key=lambda key: first[key])]):
         step, request = run.steps.get(key), run.wait(key)
@@ -626,7 +711,7 @@ def _resets(run: Run, keys: Sequence[str], start_key: str | None, by: str) -> li
             continue
         if step and step.in_doubt and not named:
             continue
-        for asked in (request, run.wait(f"{key}?")):
+        for asked in (request, *(run.wait(key + mark) for mark in "?!|")):
             if asked and asked.status == "open":
                 events.append(ev.RequestWithdrawn(request_id=asked.opened.request_id, reason=f"rerun by {by}"))
         events.append(ev.StepReset(key=key, generation=run.generation(key) + 1, reason=f"rerun by {by}"))
@@ -658,7 +743,9 @@ def _shared(source: Run, before: int) -> list[ev.Event]:
                 events.append((step.first_seq, doubted))
     for key in source.waits:
         request = source.wait(key)
-        if request and request.seq < before and request.status in ("answered", "expired") and not key.endswith("?"):
+        secret = bool(request and secret_places(request.opened.answer_schema))  # lies with the source: asked for anew
+        settled = request and request.status in ("answered", "expired") and not secret
+        if request and settled and request.seq < before and step_of(key) == key and request.opened.kind != "takeover":
             fresh = {"request_id": f"q-{secrets.token_hex(6)}", "generation": 0}
             answered = ev.RequestShared(
                 opened=request.opened.model_copy(update=fresh),
@@ -670,11 +757,6 @@ def _shared(source: Run, before: int) -> list[ev.Event]:
             )
             events.append((request.seq, answered))
     return [event for _, event in sorted(events, key=lambda pair: pair[0])]
-
-
-def _open_ones(run: Run) -> str:
-    ids = [f"{r.opened.request_id} ({r.opened.kind}: {r.opened.prompt[:80]!r})" for r in run.open_requests()[:5]]
-    return f"Open requests: {', '.join(ids)}." if ids else "It has no open request."
 
 
 def new_run_id(workflow: str) -> str:

@@ -7,6 +7,7 @@ reaches an agent or a person. Anything that is not one of these is a fault of mc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class FlowError(Exception):
@@ -114,7 +115,15 @@ class RequestExpired(FlowError):
 
 
 class Retriable(Exception):
-    """Raised by a step to say that it had no effect and may be tried again."""
+    """Raised by a step to say that it had no effect and may be tried again.
+
+    After its retries the run stops at the step until `resume`. `ask` is the type of a value that would help, as in
+    `Flow.ask`; the step finds what was given in `flow.retry_input`, as plain JSON. `on_fail="continue"` passes it over.
+    """
+
+    def __init__(self, error: object = "", ask: Any = None) -> None:
+        super().__init__(str(error))
+        self.ask = ask
 
 
 class BrowserMissing(FlowError):
@@ -131,3 +140,11 @@ class PageGone(FlowError):
 
 class EvaluationError(FlowError):
     """Code evaluated in a page failed, ran too long or tried to change the page in `read` mode."""
+
+
+class ActionFailed(FlowError):
+    """An action could not be carried out on the page; those before it are done and stay done."""
+
+
+class StaleRef(ActionFailed):
+    """A ref of an earlier snapshot no longer stands for one element of the page."""

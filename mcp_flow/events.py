@@ -66,6 +66,9 @@ class RunCreated(Event):
     viewport: tuple[int, int] | None = None
     forked_from: str | None = None
     fork_step: str | None = None
+    hold: bool = False
+    pause_before: list[str] = []
+    single_step: bool = False
 
 
 class RunClaimed(Event):
@@ -123,6 +126,13 @@ class RunResumed(Event):
     type: ClassVar[str] = "run.resumed"
     revision: str
     by: str = "anyone"
+
+
+class RunBudgeted(Event):
+    """Somebody let the run begin so many new steps before it pauses again; None takes such a limit away."""
+
+    type: ClassVar[str] = "run.budgeted"
+    steps: int | None = None
 
 
 class RunFailed(Event):
@@ -198,6 +208,14 @@ class StepReset(OfStep):
     reason: str
 
 
+class StepSettled(OfStep):
+    """Somebody who had the page did the work of the step that stood still; the value stands for its result."""
+
+    type: ClassVar[str] = "step.settled"
+    value: Any = None
+    by: str = "anyone"
+
+
 class StepDoubted(OfStep):
     """A finished `once` step is not to be taken for done without someone looking: what came before it is redone."""
 
@@ -255,7 +273,10 @@ class RequestOpened(Event):
 
 
 class RequestAnswered(Event):
-    """Somebody answered. An approval's value is `{"approved": bool}`."""
+    """Somebody answered. An approval's value is `{"approved": bool}`; `event` is the `seq` of an event that answered.
+
+    Of a secret the value holds a reference, `{"$secret": …}`; the secret itself lies outside of the journal.
+    """
 
     type: ClassVar[str] = "request.answered"
     request_id: str
@@ -263,6 +284,7 @@ class RequestAnswered(Event):
     note: str | None = None
     by: str = "anyone"
     via: str = "tool"
+    event: int | None = None
 
 
 class RequestExpired(Event):
@@ -278,6 +300,16 @@ class RequestWithdrawn(Event):
     type: ClassVar[str] = "request.withdrawn"
     request_id: str
     reason: str
+
+
+class EventReceived(Event):
+    """An event was sent to the run; it is kept until a wait takes it. The same `key` is not received twice."""
+
+    type: ClassVar[str] = "event.received"
+    name: str
+    payload: Any = None
+    key: str | None = None
+    by: str = "anyone"
 
 
 class RequestShared(Event):
@@ -339,14 +371,28 @@ class PageEvaluated(Event):
     code: str
     mode: Literal["read", "write"]
     outcome: str
+    by: str = "agent"
+
+
+class PageActed(Event):
+    """Somebody who held the page acted on it; `lines` are the Python that does the same."""
+
+    type: ClassVar[str] = "page.acted"
+    lines: list[str]
+    outcome: str
+    by: str = "agent"
 
 
 class HijackRequested(Event):
-    """Somebody wants the page; the run stops at its next action or step."""
+    """Somebody wants the page; the run stops at its next action or step.
+
+    Unused for `idle_s` seconds the hold expires.
+    """
 
     type: ClassVar[str] = "hijack.requested"
     reason: str
     holder: Holder = "agent"
+    idle_s: float = 600.0
 
 
 class RunHijacked(Event):
@@ -357,6 +403,12 @@ class RunHijacked(Event):
     action: str | None = None
     file: str | None = None
     line: int | None = None
+
+
+class HijackExpired(Event):
+    """The holder did not use the page for too long, and has it no more; code that stood still stays so."""
+
+    type: ClassVar[str] = "hijack.expired"
 
 
 class HijackReleased(Event):
@@ -411,10 +463,11 @@ TYPES: dict[str, type[Event]] = {
     cls.type: cls
     for cls in (
         RunCreated, RunClaimed, RunReleased, RunOrphaned, RunParked, AttemptStarted, AttemptIdled, AttemptCompared,
-        RunResumed, RunFailed, RunFinished, RunCancelled, StepStarted, StepFinished, StepFailed, StepReset, StepDoubted,
-        StepShared, StepNondeterministic, ValueRecorded, RequestOpened, RequestAnswered, RequestExpired,
-        RequestWithdrawn, RequestShared, PageOpened, PageAttached, PageClosed, PageLost, PageObserved, PageEvaluated,
-        HijackRequested, RunHijacked, HijackReleased, Logged, ProgressReported, ArtifactKept, WorkerBlocked,
+        RunResumed, RunBudgeted, RunFailed, RunFinished, RunCancelled, StepStarted, StepFinished, StepFailed, StepReset,
+        StepSettled, StepDoubted, StepShared, StepNondeterministic, ValueRecorded, RequestOpened, RequestAnswered,
+        RequestExpired, RequestWithdrawn, RequestShared, EventReceived, PageOpened, PageAttached, PageClosed, PageLost,
+        PageObserved, PageEvaluated, PageActed, HijackRequested, RunHijacked, HijackExpired, HijackReleased, Logged,
+        ProgressReported, ArtifactKept, WorkerBlocked,
     )
 }  # fmt: skip
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
-from pydantic import create_model
+from pydantic import PydanticUserError, create_model
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from mcp_flow import fingerprint
 from mcp_flow.definition import MISSING, Codec, codec
 from mcp_flow.errors import Denied, RequestExpired, StepError
+from mcp_flow.secrets import secret_places
 
 if TYPE_CHECKING:
     from playwright.async_api import Page
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mcp_flow.attempt import Attempt
     from mcp_flow.scope import Scope
 
+LONGEST_EVENT = 200
 T = TypeVar("T")
 Backoff = float | Callable[[int], float]
 Expiry = float | timedelta | datetime
@@ -192,13 +194,18 @@ class Flow:
     ) -> Any:
         """Wait for an answer of the type `schema`: any type pydantic knows, or a dict of field names to types.
 
-        At `expires` the `default` is taken; without one `RequestExpired` is raised. Raises `InvalidInput` when the
-        default does not fit the schema.
+        What is typed `SecretStr` only a person can give, at a terminal; it is kept out of the journal, and erased when
+        the run ends. At `expires` the `default` is taken; without one `RequestExpired` is raised. Raises `InvalidInput`
+        when the default does not fit the schema.
         """
-        shape = _shape(schema)
+        shape = shape_of(schema)
         fallback = MISSING if default is MISSING else _journaled(default, f"the default of {prompt!r}")
         if fallback is not MISSING:
             shape.load(fallback)
+        if secret_places(shape.schema):
+            by = "human"
+            if fallback is not MISSING:
+                raise StepError(f"{prompt!r} asks for a secret, which has no default: it would stand in the journal.")
         terms = fingerprint.of(["input", prompt, shape.schema, by])
         settled = await self._attempt.wait(
             "input",
@@ -209,19 +216,89 @@ class Flow:
             by=by,
             default=fallback,
             expires=self._moment(expires),
+            accept=lambda value: shape.load(self._attempt.reveal(value, shape.schema)),
+        )
+        if settled.status == "answered":
+            return shape.load(self._attempt.reveal(settled.value, shape.schema))
+        if fallback is MISSING:
+            raise RequestExpired(f"Nobody answered {prompt!r} in time, and it has no default.")
+        return shape.load(fallback)
+
+    async def wait_for(
+        self,
+        event: str,
+        schema: Any = Any,
+        *,
+        match: Mapping[str, Any] | None = None,
+        timeout: Expiry | None = None,
+        default: Any = MISSING,
+        name: str | None = None,
+    ) -> Any:
+        """Wait for an event that `send_event` sends, and return its payload as the type `schema`.
+
+        `match` names values that the payload must have, with dots between the levels: `{"order.id": 17}`. One that was
+        sent to this run before it waited is taken at once; if it does not fit the schema it is put aside, which the
+        journal says, and the wait goes on. After `timeout` the `default` is taken; without one `RequestExpired` is
+        raised. Raises `StepError` for a name of more than 200 characters.
+        """
+        if not 0 < len(event) <= LONGEST_EVENT:
+            raise StepError(f"An event's name has 1 to {LONGEST_EVENT} characters, not {len(event)}.")
+        shape = shape_of(schema)
+        if secret_places(shape.schema):
+            raise StepError(f"Event {event!r} can't bring a secret: it would stand in the journal. Use flow.ask.")
+        wanted = _journaled(dict(match or {}), f"what event {event!r} must match")
+        fallback = MISSING if default is MISSING else _journaled(default, f"the default of event {event!r}")
+        if fallback is not MISSING:
+            shape.load(fallback)
+        data = {"event": event} | ({"match": wanted} if wanted else {})
+        settled = await self._attempt.wait(
+            "event",
+            name or event,
+            f"the event {event!r}",
+            fingerprint.of(["event", data, shape.schema]),
+            schema=shape.schema,
+            data=data,
+            default=fallback,
+            expires=self._moment(timeout),
             accept=shape.load,
         )
         if settled.status == "answered":
             return shape.load(settled.value)
         if fallback is MISSING:
-            raise RequestExpired(f"Nobody answered {prompt!r} in time, and it has no default.")
+            raise RequestExpired(f"The event {event!r} did not come in time, and the wait has no default.")
         return shape.load(fallback)
+
+    async def sleep(
+        self, seconds: float | timedelta | None = None, *, until: datetime | None = None, name: str | None = None
+    ) -> None:
+        """Sleep for `seconds`, or until a moment, whichever processes come and go meanwhile; not at all if it is past.
+
+        `resume(request_id=…)` ends a sleep early. Raises `StepError` unless exactly one of the two is given.
+        """
+        if (seconds is None) is (until is None):
+            raise StepError("flow.sleep takes seconds, or until=…, and not both.")
+        if until is not None:
+            what, terms = f"until {until.astimezone(UTC).isoformat()}", until.astimezone(UTC).isoformat()
+        else:
+            assert seconds is not None
+            length = seconds.total_seconds() if isinstance(seconds, timedelta) else float(seconds)
+            what, terms = f"for {length:g} s", f"{length!r}"
+        moment = self._moment(until if until is not None else seconds)
+        await self._attempt.wait(
+            "timer", name or "sleep", f"sleep {what}", fingerprint.of(["timer", terms]), expires=moment
+        )
+
+    @property
+    def retry_input(self) -> Any:
+        """What somebody gave for the `Retriable(ask=…)` that the running step raised before, as plain JSON (a model's
+        fields as a dict); None if nothing was."""
+        return self._attempt.retry_input()
 
     # --- what would differ between attempts ---
 
     async def now(self, name: str = "now") -> datetime:
         """The time, UTC, the same in every attempt."""
-        text = await self._attempt.value(name, lambda: datetime.now(UTC).isoformat())
+        text = await self._attempt.value(name, lambda: self._attempt.store.now().isoformat())
         return datetime.fromisoformat(text)
 
     async def random(self, name: str = "random") -> float:
@@ -254,19 +331,39 @@ class Flow:
         return self._attempt.secret(name)
 
     def _moment(self, expires: Expiry | None) -> datetime | None:
-        match expires:
-            case None:
-                return None
-            case datetime():
-                return expires.astimezone(UTC)
-            case timedelta():
-                return self._attempt.store.now() + expires
-            case _:
-                return self._attempt.store.now() + timedelta(seconds=expires)
+        try:
+            match expires:
+                case None:
+                    return None
+                case datetime():
+                    return expires.astimezone(UTC)
+                case timedelta():
+                    return self._attempt.store.now() + expires
+                case _:
+                    return self._attempt.store.now() + timedelta(seconds=float(expires))
+        except (OverflowError, ValueError, TypeError) as error:
+            raise StepError(f"{expires!r} is no time to wait for: {error}. Give seconds, or a moment.") from error
+
+
+def shape_of(schema: Any) -> Codec:
+    """The codec of an answer: a type as it is, a dict or a list of field names as a form.
+
+    Raises `StepError` for what no JSON Schema can describe: nobody could be told what to answer.
+    """
+    try:
+        shape = _shape(schema)
+        described = schema is Any or bool(shape.schema)
+    except (PydanticUserError, TypeError, ValueError, NameError) as error:
+        raise StepError(f"{schema!r:.200} has no JSON Schema, so it can't be asked for: {error}") from error
+    if not described:
+        raise StepError(
+            f"{schema!r:.200} has no JSON Schema, so it can't be asked for. Use a type that pydantic knows, or a dict "
+            "or a list of fields."
+        )
+    return shape
 
 
 def _shape(schema: Any) -> Codec:
-    """The codec of an answer: a type as it is, a dict or a list of field names as a form."""
     if isinstance(schema, Mapping):
         return _form({key: value if isinstance(value, tuple) else (value, ...) for key, value in schema.items()})
     if isinstance(schema, Sequence) and not isinstance(schema, str):

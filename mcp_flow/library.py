@@ -7,6 +7,7 @@ taken over meanwhile it neither writes nor touches any more.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -21,9 +22,9 @@ from mcp_flow import events as ev
 from mcp_flow.app import App, open_app
 from mcp_flow.channel import Channel
 from mcp_flow.config import Settings
-from mcp_flow.control import ENDED, STOPPED, new_run_id
+from mcp_flow.control import Control, new_run_id
 from mcp_flow.definition import Workflow
-from mcp_flow.errors import InvalidInput
+from mcp_flow.errors import Conflict, InvalidInput
 from mcp_flow.revisions import Revision, capture
 from mcp_flow.run import Run
 from mcp_flow.store import Store
@@ -62,7 +63,8 @@ async def run_workflow(
     """Execute a workflow here until it ends or stops where somebody is needed; timers are slept through.
 
     `workflow` is a decorated function, or a name in the workflows folder. A `run_id` that is there already with the
-    same input is that run; with `resume` it goes on from where it stopped, under the code as it is now. `on_event` is
+    same input is that run; with `resume` it goes on from where it stopped, under the code as it is now, and an input
+    is not needed: another than its own is refused. `on_event` is
     called with each event of the run once it is durable. At most `max_concurrency` of its steps run at a time. Without
     `settings` they are those of the environment (`mcp_flow.config.load`).
 
@@ -70,11 +72,12 @@ async def run_workflow(
     """
     if resume and run_id is None:
         raise InvalidInput("run_workflow(resume=True) continues a run: say which with run_id.")
-    async with open_app(settings or config.load(), "library") as app:
+    settings = settings or config.load()
+    async with open_app(settings, "library") as app:
         move: Move
         if resume and run_id is not None:
             begun = run_id
-            move = partial(_resume, app, begun)
+            move = partial(_resume, app, workflow, input, begun)
         elif isinstance(workflow, str):
             begun = run_id or new_run_id(workflow)
             move = partial(app.control.start, workflow, input, run_id=begun, headless=headless)
@@ -85,7 +88,7 @@ async def run_workflow(
     output = run.output
     if run.status == "finished" and isinstance(workflow, Workflow):
         output = workflow.load_output(run.output)
-    pending = [show_request(request, run) for request in run.open_requests()]
+    pending = [show_request(request, run, settings.typed) for request in run.open_requests()]
     return RunResult(run.run_id, run.status, output, run.error, pending)
 
 
@@ -98,8 +101,28 @@ async def fork_run(run_id: str, from_step: str, *, new_id: str | None = None, se
         return await app.control.fork(run_id, from_step, new_id)
 
 
-async def _resume(app: App, run_id: str, owner: str) -> None:
+async def _resume(app: App, workflow: Workflow[..., Any] | str, input: Any, run_id: str, owner: str) -> None:
+    created = (await app.control.run(run_id)).created
+    assert created
+    if input is not None:
+        given = await _checked(app, workflow, input)
+        if given != created.input:
+            raise Conflict(
+                f"Run {run_id} was started with another input: {json.dumps(created.input, ensure_ascii=False):.500}. "
+                "Leave the input out to resume it, or start a new run under another id."
+            )
+    named = workflow if isinstance(workflow, str) else workflow.name
+    if named.rpartition(":")[2] != created.function:
+        raise Conflict(f"Run {run_id} is one of workflow {created.workflow!r}, not of {named!r}.")
     await app.control.resume(run_id, Channel(by="library"), wake=False)
+
+
+async def _checked(app: App, workflow: Workflow[..., Any] | str, input: Any) -> dict[str, Any]:
+    """An input as a run of the workflow would hold it; raises `InvalidInput`."""
+    if isinstance(workflow, Workflow):
+        return workflow.validate_input(input)
+    described, revision = await app.reader.describe(workflow)
+    return await app.reader.validate(revision, described.function, input)
 
 
 async def _begin(app: App, workflow: Workflow[..., Any], input: Any, run_id: str, headless: bool, owner: str) -> str:
@@ -168,4 +191,4 @@ async def _tell(store: Store, run_id: str, on_event: OnEvent) -> None:
 
 
 def _at_rest(run: Run) -> bool:
-    return run.status in STOPPED or run.status in ENDED or run.status == "waiting-event"
+    return Control.at_rest(run) or run.status == "waiting-event"

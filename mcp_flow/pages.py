@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from playwright.async_api import Error, Page
 from mcp_flow import events as ev
 from mcp_flow.browser.session import Checkpoint, Session
 from mcp_flow.errors import FlowError, PageGone
+from mcp_flow.page.snapshot import record
 from mcp_flow.run import Run
 from mcp_flow.secrets import SECRET_FIELDS
 from mcp_flow.store import Store
@@ -172,6 +173,15 @@ class Pages:
             return await page.screenshot(
                 timeout=SCREENSHOT_MS, mask=[frame.locator(SECRET_FIELDS) for frame in page.frames]
             )
+        return None
+
+    async def record(self, secrets: Iterable[str]) -> str | None:
+        """What the main page shows and has logged, as text; None where there is nothing to see."""
+        page = self.session.pages.get("main") if self.session else None
+        if page is None or page.is_closed():
+            return None
+        with suppress(Exception):  # a page that hangs or is gone has nothing to tell
+            return await record(page, secrets=secrets)
         return None
 
     async def detach(self) -> None:

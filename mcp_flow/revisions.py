@@ -13,7 +13,9 @@ import hashlib
 import importlib
 import linecache
 import os
+import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +26,12 @@ from pathlib import Path, PurePosixPath
 from types import CodeType, ModuleType
 from typing import Any
 
-from mcp_flow.errors import BrokenWorkflow
+from mcp_flow.errors import BrokenWorkflow, InvalidInput
 from mcp_flow.scan import imports
 
 _SKIPPED = {"__pycache__", "node_modules", "site-packages", "venv", "env"}
 _PREFIX = "mcp_flow_revision_"
+_FILE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]*/){0,8}[A-Za-z0-9_][A-Za-z0-9_-]*\.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,11 @@ def find_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def capture(root: Path, entry: str) -> Revision:
+def capture(root: Path, entry: str, source: bytes | None = None) -> Revision:
     """The revision that stands on disk now: `entry`, a file under `root`, and what it imports from there.
 
-    Raises `BrokenWorkflow` when the file can't be read. A file that does not parse is captured all the same.
+    With a `source` it is the revision that there would be if the entry held that. Raises `BrokenWorkflow` when the file
+    can't be read. A file that does not parse is captured all the same.
     """
     name = PurePosixPath(entry)
     if name.is_absolute() or ".." in name.parts:
@@ -80,11 +84,43 @@ def capture(root: Path, entry: str) -> Revision:
         if name_now in files:
             continue
         try:
-            files[name_now] = (root / name_now).read_bytes()
+            given = source if source is not None and name_now == str(name) else None
+            files[name_now] = (root / name_now).read_bytes() if given is None else given
         except OSError as error:
             raise BrokenWorkflow(f"{root / name_now}: the file can't be read: {error.strerror}.") from error
         pending += _imported(name_now, files[name_now], lambda file: (root / file).is_file())
     return Revision(str(root), str(name), files, _hash(str(name), files))
+
+
+def entry_of(root: Path, name: str) -> str:
+    """The entry of the workflow file that is called `name`, like `buy` or `shop/buy`, whether it is there or not.
+
+    Raises `InvalidInput` for a name that is none, or that leads out of the folder through a link.
+    """
+    entry = f"{name.removesuffix('.py')}.py"
+    if len(entry) > 200 or not _FILE_NAME.fullmatch(entry) or _SKIPPED & set(PurePosixPath(entry).parts):
+        raise InvalidInput(
+            f"{name!r:.200} is no name of a workflow file: letters, digits, dashes and underscores, with slashes "
+            "between folders, such as buy or shop/buy."
+        )
+    path = root / entry
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if path.is_symlink() or not existing.resolve().is_relative_to(root.resolve()):
+        raise InvalidInput(f"{name!r} leads out of the workflows folder {root} through a link.")
+    return entry
+
+
+def write(root: Path, entry: str, source: bytes) -> None:
+    """Put `source` into the file as a whole, so that nobody reads half of it; raises `BrokenWorkflow`."""
+    path = root / entry
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".draft", delete=False) as draft:
+            draft.write(source)
+        os.chmod(draft.name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        os.replace(draft.name, path)
+    except OSError as error:
+        raise BrokenWorkflow(f"{path} can't be written: {error.strerror}.") from error
 
 
 def load(revision: Revision) -> ModuleType:
@@ -105,7 +141,8 @@ def source_line(revision: Revision, file: str, line: int) -> str | None:
     name = os.path.relpath(file, revision.root) if os.path.isabs(file) else file
     source = revision.files.get(PurePosixPath(name).as_posix())
     lines = [] if source is None else _decode(source).splitlines()
-    return lines[line - 1] if 0 < line <= len(lines) else None
+    # A frame that is about to be entered or left may have no line.
+    return lines[line - 1] if line and 0 < line <= len(lines) else None
 
 
 def diff(before: Mapping[str, bytes], after: Mapping[str, bytes], limit: int) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass, field, fields
-from datetime import datetime
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ _AFTER_END: frozenset[type[ev.Event]] = frozenset(
         ev.PageClosed,
         ev.PageObserved,
         ev.PageEvaluated,
+        ev.PageActed,
         ev.ArtifactKept,
     )
 )
@@ -132,7 +133,32 @@ class Hijack:
 
     requested: ev.HijackRequested
     at: str
+    used_at: str
     stopped: ev.RunHijacked | None = None
+    expired: bool = False
+    lines: list[str] = field(default_factory=list)
+    """What was done with the page since, as Python."""
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody has, or is about to have, the page."""
+        return not self.expired
+
+    @property
+    def expires(self) -> datetime | None:
+        """When the hold ends unless the page is used before."""
+        if self.expired or self.stopped is None:
+            return None
+        return datetime.fromisoformat(self.used_at) + timedelta(seconds=self.requested.idle_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An event that was sent to the run and that no wait has taken yet."""
+
+    seq: int
+    name: str
+    payload: Any
 
 
 @dataclass(slots=True)
@@ -164,6 +190,7 @@ class Run:
     unanswered: dict[str, Request] = field(default_factory=dict)
     generations: dict[str, int] = field(default_factory=dict)
     """How often each key was reset; absent is 0."""
+    failed_tries: dict[str, int] = field(default_factory=dict)
     remarks: set[str] = field(default_factory=set)
     """The keys of log lines, progress and attachments that need no second entry."""
     pages: dict[str, str] = field(default_factory=dict)
@@ -175,6 +202,12 @@ class Run:
     losses: int = 0
     """How often in a row the pages were lost without a step that finished in between."""
     hijack: Hijack | None = None
+    inbox: tuple[Received, ...] = ()
+    event_keys: set[str] = field(default_factory=set)
+    budget: int | None = None
+    """How many new steps may begin before the run pauses; None is any number."""
+    budget_seq: int = 0
+    on_hold: bool = False
     artifacts: list[str] = field(default_factory=list)
     progress: ev.ProgressReported | None = None
     blocked: ev.WorkerBlocked | None = None
@@ -192,7 +225,10 @@ class Run:
         if self.ended:
             return self.ended
         if self.hijack and self.hijack.stopped:
-            return "hijacked"
+            if self.hijack.held:
+                return "hijacked"
+            if not self.idle:
+                return "paused"
         if not self.idle:
             return "running" if self.owner else "queued"
         open_kinds = {request.opened.kind for request in self.open_requests()}
@@ -208,7 +244,7 @@ class Run:
         if self.ended:
             # An owner that has not taken note of the cancellation yet still has the run's code.
             return bool(self.pages) or (self.ended == "cancelled" and self.owner is not None)
-        return not self.idle and not (self.hijack and self.hijack.stopped)
+        return not self.idle and not self.on_hold and not (self.hijack and self.hijack.stopped)
 
     @property
     def awaits_owner(self) -> bool:
@@ -224,8 +260,10 @@ class Run:
 
     @property
     def due(self) -> datetime | None:
-        """The next deadline of an open request."""
-        return min((r.opened.expires for r in self.open_requests() if r.opened.expires), default=None)
+        """The next deadline: of an open request, or of a hold on the page."""
+        moments = [request.opened.expires for request in self.open_requests()]
+        moments.append(self.hijack.expires if self.hijack else None)
+        return min((moment for moment in moments if moment), default=None)
 
     def copy(self) -> Run:
         """A run that is advanced apart from this one."""
@@ -235,7 +273,9 @@ class Run:
         twin.unanswered = {request_id: twin.requests[request_id] for request_id in self.unanswered}
         twin.waits, twin.generations, twin.pages = dict(self.waits), dict(self.generations), dict(self.pages)
         twin.remarks, twin.artifacts = set(self.remarks), list(self.artifacts)
-        twin.hijack = copy(self.hijack)
+        twin.event_keys, twin.failed_tries = set(self.event_keys), dict(self.failed_tries)
+        if self.hijack:
+            twin.hijack = replace(self.hijack, lines=list(self.hijack.lines))
         return twin
 
     @property
@@ -255,6 +295,10 @@ class Run:
         """The steps whose try is in flight, or was when the worker died."""
         return [step for step in self.steps.values() if step.status == "started"]
 
+    def failures(self, key: str) -> int:
+        """How many tries of a step have failed in all its generations."""
+        return self.failed_tries.get(key, 0)
+
     def generation(self, key: str) -> int:
         """How often `key` was reset."""
         return self.generations.get(key, 0)
@@ -263,7 +307,8 @@ class Run:
         """When each step, value and wait was first there, by key."""
         seqs = {key: step.first_seq for key, step in self.steps.items()}
         for request in self.requests.values():
-            seqs.setdefault(request.opened.key, request.seq)
+            if request.opened.kind != "takeover":  # no place in the code asks for that
+                seqs.setdefault(request.opened.key, request.seq)
         return seqs
 
     def wait(self, key: str) -> Request | None:
@@ -300,7 +345,7 @@ class Run:
             case ev.AttemptStarted() if event.attempt != self.attempt + 1:
                 raise self._illegal(event, f"attempt {self.attempt + 1} is the next")
             case ev.AttemptIdled() | ev.RunFailed() | ev.RunFinished() | ev.ValueRecorded() | ev.RequestOpened() if (
-                not self.active
+                not self.active and not _is_takeover(event)
             ):
                 raise self._illegal(event, "no attempt is under way")
             case ev.ValueRecorded() if (step := self.steps.get(event.key)) and step.status != "reset":
@@ -328,10 +373,17 @@ class Run:
                 if event.request_id not in self.unanswered:
                     state = "unknown" if request is None else request.status
                     raise self._illegal(event, f"request {event.request_id} is {state}")
-            case ev.HijackRequested() if self.hijack:
+                taken = event.event if isinstance(event, ev.RequestAnswered) else None
+                if taken is not None and all(received.seq != taken for received in self.inbox):
+                    raise self._illegal(event, f"event {taken} does not wait to be taken")
+            case ev.HijackRequested() if self.hijack and self.hijack.held:
                 raise self._illegal(event, f"the page is held already: {self.hijack.requested.reason}")
             case ev.RunHijacked() if self.hijack is None or self.hijack.stopped:
                 raise self._illegal(event, "no hijack was requested")
+            case ev.HijackExpired() if self.hijack is None or not self.hijack.stopped or self.hijack.expired:
+                raise self._illegal(event, "nobody holds the page")
+            case ev.EventReceived() if event.key and event.key in self.event_keys:
+                raise self._illegal(event, f"the event {event.key!r} is there already")
             case ev.HijackReleased() if self.hijack is None:
                 raise self._illegal(event, "nobody holds the page")
 
@@ -344,7 +396,7 @@ class Run:
                 f"Run {self.run_id}: the lease of epoch {epoch} is over (epoch {self.epoch}, owner "
                 f"{self.owner or 'nobody'}); its {event.type} was refused."
             )
-        elif epoch is None and type(event) in _OWNERS_ONLY:
+        elif epoch is None and type(event) in _OWNERS_ONLY and not _is_takeover(event):
             raise self._illegal(event, "only the run's owner writes it")
 
     def _check_step(self, event: ev.OfStep) -> None:
@@ -356,6 +408,10 @@ class Run:
         if isinstance(event, ev.StepShared):
             if step is not None or not self._is_new_fork:
                 raise self._illegal(event, "only a fork begins with the history of another run")
+            return
+        if isinstance(event, ev.StepSettled):
+            if step is None or step.status != "started" or not (self.hijack and self.hijack.stopped):
+                raise self._illegal(event, f"{event.key} does not stand still in a hijacked run")
             return
         if isinstance(event, ev.StepDoubted):
             if step is None or not step.once or step.status != "finished":
@@ -395,8 +451,14 @@ class Run:
             case ev.StepFailed() as event:
                 step = self.steps[event.key]
                 step.status, step.error, step.effect_free = "failed", event.error, event.effect_free
+                self.failed_tries[event.key] = self.failed_tries.get(event.key, 0) + 1
             case ev.StepReset() as event:
                 self._reset(event)
+            case ev.StepSettled() as event:
+                step = self.steps[event.key]
+                step.status, step.value, step.error = "finished", event.value, None
+                step.revision, step.finished_seq = self.revision, recorded.seq
+                self._note_anew(event.key, recorded.seq)
             case ev.StepDoubted() as event:
                 self.steps[event.key].doubted = True
             case ev.StepShared() as event:
@@ -448,6 +510,10 @@ class Run:
                 request = self.unanswered.pop(event.request_id)
                 request.status, request.value, request.note = "answered", event.value, event.note
                 request.by, request.via, request.settled_seq = event.by, event.via, recorded.seq
+                if event.event is not None:
+                    self.inbox = tuple(received for received in self.inbox if received.seq != event.event)
+                if request.opened.kind == "takeover":
+                    return  # who hands a page back answers nothing that the run's code has asked
                 self._note_anew(request.opened.key, recorded.seq)
                 self._wake()
             case ev.RequestExpired() as event:
@@ -478,11 +544,28 @@ class Run:
                     self.pages.clear()
                 else:
                     self.pages.pop(event.name, None)
+            case ev.EventReceived() as event:
+                self.inbox = (*self.inbox, Received(recorded.seq, event.name, event.payload))
+                if event.key:
+                    self.event_keys.add(event.key)
             case ev.HijackRequested() as event:
-                self.hijack = Hijack(event, recorded.at)
+                stopped = self.hijack.stopped if self.hijack else None
+                self.hijack = Hijack(event, recorded.at, recorded.at, stopped)
             case ev.RunHijacked() as event:
                 assert self.hijack
-                self.hijack.stopped = event
+                self.hijack.stopped, self.hijack.used_at = event, recorded.at
+            case ev.HijackExpired():
+                assert self.hijack
+                self.hijack.expired = True
+                if self.idle:
+                    self.hijack = None
+            case ev.PageEvaluated():
+                if self.hijack:
+                    self.hijack.used_at = recorded.at
+            case ev.PageActed() as event:
+                if self.hijack:
+                    self.hijack.used_at = recorded.at
+                    self.hijack.lines += event.lines
             case ev.HijackReleased():
                 self.hijack = None
             case ev.WorkerBlocked() as event:
@@ -497,6 +580,7 @@ class Run:
         match recorded.event:
             case ev.RunCreated() as event:
                 self.created, self.created_at, self.revision = event, recorded.at, event.revision
+                self.on_hold = event.hold
             case ev.RunClaimed() as event:
                 assert recorded.epoch is not None
                 self.crashes = self.crashes + 1 if self.owner and not self.ended else 0
@@ -525,6 +609,9 @@ class Run:
             case ev.RunResumed() as event:
                 self.revision, self.error, self.idle, self.active = event.revision, None, False, False
                 self.crashes = self.losses = 0
+                self.on_hold = False
+            case ev.RunBudgeted() as event:
+                self.budget, self.budget_seq = event.steps, recorded.seq
             case ev.RunFailed() as event:
                 self.error, self.idle, self.active, self.owner = event.error, True, False, None
                 self.idle_since = recorded.at
@@ -538,6 +625,9 @@ class Run:
     def _start_step(self, event: ev.StepStarted, recorded: ev.Recorded) -> None:
         step = self.steps.get(event.key)
         self.url = event.url if event.url is not None else self.url
+        resumed = step is not None and step.status == "started" and step.generation == event.generation
+        if self.budget and event.number == 1 and not resumed:
+            self.budget -= 1
         if step is None:
             step = self.steps[event.key] = Step(event.key, recorded.seq, url=self.url)
         step.status, step.generation, step.fingerprint = "started", event.generation, event.fingerprint
@@ -565,6 +655,38 @@ class Run:
             request.status, request.settled_seq = "withdrawn", seq
         self.unanswered.clear()
         self.ended, self.active, self.idle, self.error = status, False, True, None
+
+
+def _is_takeover(event: ev.Event) -> bool:
+    """Whether this opens the one kind of request that comes from outside: a person is to take the page."""
+    return isinstance(event, ev.RequestOpened) and event.kind == "takeover"
+
+
+def step_of(key: str) -> str:
+    """The step that a request's key belongs to: its own, or the one in doubt (`?`), to be tried again (`!`), or to come
+    next (`|`)."""
+    return key.rstrip("?!|")
+
+
+def asks_for_help(opened: ev.RequestOpened) -> bool:
+    """Whether this is a step that can be tried again, with or without the value that it asks for."""
+    return opened.key.endswith("!")
+
+
+def takes(opened: ev.RequestOpened, name: str, payload: Any) -> bool:
+    """Whether this open wait takes an event of this name and payload: every value that it must match is there."""
+    data = opened.data or {}
+    return data.get("event") == name and all(
+        _at(payload, path.split(".")) == value for path, value in data.get("match", {}).items()
+    )
+
+
+def _at(payload: Any, path: list[str]) -> Any:
+    for part in path:
+        if not isinstance(payload, dict) or part not in payload:
+            return None
+        payload = payload[part]
+    return payload
 
 
 def fold(run_id: str, journal: Iterable[ev.Recorded]) -> Run:

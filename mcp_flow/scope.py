@@ -14,7 +14,7 @@ from mcp_flow.errors import NestedStep, StepError, StepNameTaken
 
 LONGEST_NAME = 200
 _current: ContextVar[Scope] = ContextVar("mcp_flow_scope")
-_step: ContextVar[str | None] = ContextVar("mcp_flow_step", default=None)
+_step: ContextVar[tuple[str, str] | None] = ContextVar("mcp_flow_step", default=None)
 
 
 class Scope:
@@ -74,18 +74,25 @@ def refuse_nesting(what: str) -> None:
     """Raise `NestedStep` inside a step: its effects would be journaled under two names."""
     if outer := _step.get():
         raise NestedStep(
-            f"{what} was called inside the step {outer!r}. Call it from the workflow itself, before or after that step."
+            f"{what} was called inside the step {outer[0]!r}. Call it from the workflow itself, before or after that "
+            "step."
         )
+
+
+def running_key() -> str | None:
+    """The key of the step in which the calling code runs."""
+    step = _step.get()
+    return step[1] if step else None
 
 
 class inside_step:  # noqa: N801 (a context manager that reads as a verb)
     """A `with` block in which the code of step `name` runs."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, key: str) -> None:
+        self._name_and_key = name, key
 
     def __enter__(self) -> None:
-        self._token = _step.set(self._name)
+        self._token = _step.set(self._name_and_key)
 
     def __exit__(self, *_: object) -> None:
         _step.reset(self._token)

@@ -6,7 +6,11 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
 
 from mcp_flow.errors import StepError
 
@@ -19,8 +23,115 @@ SECRET_FIELDS = ", ".join(
     ]
 )
 """The fields of a page whose values nobody is shown, as a CSS selector."""
+HIDDEN = "[hidden]"
+_DEEPEST = 12
 _SHORTEST_MASKED = 4
 """Shorter values occur everywhere by chance; masking them would only tell what they are."""
+
+
+Place = tuple[str, ...]
+REFERENCE = "$secret"
+
+
+def secret_places(schema: Any) -> list[Place]:
+    """Where in a value of this JSON Schema a secret stands: the paths of what pydantic types `SecretStr`.
+
+    Through objects, references and choices; `*` stands for every item of a list and every value of a dict.
+    """
+    return list(dict.fromkeys(_places(schema, schema, (), 0)))
+
+
+def _places(whole: Any, schema: Any, path: Place, depth: int) -> Iterator[Place]:
+    if not isinstance(schema, Mapping) or depth > _DEEPEST:
+        return
+    if schema.get("writeOnly") and schema.get("format") == "password":
+        yield path
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/$defs/"):
+        yield from _places(whole, whole.get("$defs", {}).get(reference.removeprefix("#/$defs/")), path, depth + 1)
+    for word in ("anyOf", "allOf", "oneOf"):
+        for choice in schema.get(word, ()):
+            yield from _places(whole, choice, path, depth + 1)
+    for name, part in schema.get("properties", {}).items():
+        yield from _places(whole, part, (*path, name), depth + 1)
+    patterns = schema.get("patternProperties", {}).values()
+    for part in (schema.get("items"), schema.get("additionalProperties"), *schema.get("prefixItems", ()), *patterns):
+        yield from _places(whole, part, (*path, "*"), depth + 1)
+
+
+def set_apart(value: Any, places: Sequence[Place], new_reference: Callable[[], str]) -> tuple[Any, dict[str, str]]:
+    """`value` with a reference in the place of each secret, and the secrets by reference."""
+    kept: dict[str, str] = {}
+
+    def apart(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        reference = new_reference()
+        kept[reference] = value
+        return {REFERENCE: reference}
+
+    return _changed(value, places, apart), kept
+
+
+def reveal(value: Any, places: Sequence[Place], kept: Mapping[str, str]) -> Any:
+    """`value` with the secrets in the places of their references; raises `StepError` for one that is erased.
+
+    Elsewhere a reference is an answer like any other: who knows one must not get at its secret by giving it.
+    """
+
+    def found(value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.keys() != {REFERENCE}:
+            return value
+        if (reference := value[REFERENCE]) not in kept:
+            raise StepError("A secret that was given as an answer is erased; its question must be asked again.")
+        return kept[reference]
+
+    return _changed(value, places, found)
+
+
+def _changed(value: Any, places: Sequence[Place], change: Callable[[Any], Any]) -> Any:
+    """`value` with what stands in these places changed."""
+    if () in places:
+        return change(value)
+    match value:
+        case Mapping() if places:
+            return {
+                name: _changed(item, [p[1:] for p in places if p[0] in (name, "*")], change)
+                for name, item in value.items()
+            }
+        case list() if places:
+            return [_changed(item, [p[1:] for p in places if p[0] == "*"], change) for item in value]
+        case _:
+            return value
+
+
+def masked(text: str, known: Mapping[str, str]) -> str:
+    """`text` with the value of every secret in it, by name, replaced by that name."""
+    for name, value in known.items():
+        for form in _forms(value):
+            text = text.replace(form, f"[secret {name}]")
+    return text
+
+
+def masked_in(value: Any, known: Mapping[str, str]) -> Any:
+    """A JSON value with all its texts `masked`."""
+    match value:
+        case str():
+            return masked(value, known)
+        case dict():
+            return {masked(name, known): masked_in(item, known) for name, item in value.items()}
+        case list():
+            return [masked_in(item, known) for item in value]
+        case _:
+            return value
+
+
+@cache
+def _forms(value: str) -> tuple[str, ...]:
+    """How a secret may be written: as it is, in JSON, in an address. Those of a short one are none."""
+    if len(value) < _SHORTEST_MASKED:
+        return ()
+    text = value.encode("utf-8", "replace")
+    return tuple(dict.fromkeys((value, json.dumps(value)[1:-1], quote(text, safe=""), quote_plus(text))))
 
 
 class Secrets:
@@ -39,20 +150,33 @@ class Secrets:
         self._known[name] = value
         return value
 
+    def values(self) -> dict[str, str]:
+        """All secrets of this process and home folder by name, asked for or not: whoever shows a page hides them."""
+        stem = "MCP_FLOW_SECRET_"
+        environment = {name.removeprefix(stem): value for name, value in os.environ.items() if name.startswith(stem)}
+        kept = self._read() if os.access(self._file, os.R_OK) else {}
+        everything = environment | kept | self._known
+        return {name: value for name, value in everything.items() if isinstance(value, str) and value}
+
+    @property
+    def known(self) -> dict[str, str]:
+        """Those that were asked for or learned, by name."""
+        return dict(self._known)
+
+    def know(self, name: str, value: str) -> None:
+        """Mask this value from now on, as that of the secret `name`."""
+        self._known[name] = value
+
     def mask(self, text: str) -> str:
         """`text` with every known secret's value replaced by its name."""
-        for name, value in self._known.items():
-            if len(value) >= _SHORTEST_MASKED:
-                text = text.replace(value, f"[secret {name}]").replace(json.dumps(value)[1:-1], f"[secret {name}]")
-        return text
+        return masked(text, self._known)
 
     def held_in(self, content: bytes) -> list[str]:
-        """The names of the known secrets whose value stands in `content`, as it is or as JSON writes it."""
+        """The names of the known secrets whose value stands in `content`, however it is written."""
         return [
             name
             for name, value in self._known.items()
-            if len(value) >= _SHORTEST_MASKED
-            and any(form.encode("utf-8", "replace") in content for form in {value, json.dumps(value)[1:-1]})
+            if any(form.encode("utf-8", "replace") in content for form in _forms(value))
         ]
 
     def _read(self) -> dict[str, object]:

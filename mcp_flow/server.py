@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from mcp.server import MCPServer
+from mcp.server.mcpserver import RequestStateSecurity
 from mcp.server.mcpserver.prompts.base import Prompt, PromptArgument
 
 from mcp_flow import __version__
@@ -31,7 +32,8 @@ mcp-flow runs durable browser workflows: Python functions whose finished steps a
 A run is one execution, named by run_id. Every result has `status` and `next`, the literal next call.
 queued, running: it goes on by itself; get_run(run_id, wait_s=20) waits for news.
 waiting-approval: list_pending shows the question and its data; approve(request_id, decision) decides, and the
-run goes on by itself. Requests marked by=human are answered by a person, never by you.
+run goes on by itself. Requests marked by=human are answered by a person, never by you: the call in `answer` asks
+them, or says what they type.
 waiting-input: resume(run_id, value=...) answers. paused: resume(run_id).
 in-doubt: a step that must not be repeated may have happened. Look with snapshot, then
 resume(run_id, step="done", value=...) or resume(run_id, step="again").
@@ -93,6 +95,7 @@ def build(settings: Settings, closed: anyio.Event | None = None) -> MCPServer[Op
     """The server on these settings; `closed` is set when it has closed what it had opened."""
     from mcp_flow.tools import page, people, runs
     from mcp_flow.tools.register import make
+    from mcp_flow.tools.sealing import LONGEST_THOUGHT, KeptKey
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[Opening]) -> AsyncIterator[Opening]:
@@ -108,19 +111,28 @@ def build(settings: Settings, closed: anyio.Event | None = None) -> MCPServer[Op
 
     tools = [
         make(runs.list_workflows, read_only=True),
-        make(runs.start_run),
+        make(runs.save_workflow),
+        make(runs.start_run, harmless=True),
         make(runs.get_run, read_only=True),
         make(runs.list_runs, read_only=True),
-        make(runs.resume),
+        make(runs.resume, harmless=True),
         make(page.snapshot, read_only=True),
         make(page.exec_js),
         make(people.list_pending, read_only=True),
         make(people.approve),
-        make(page.hijack),
-        make(runs.cancel, destructive=True),
+        make(people.send_event, harmless=True),
+        make(page.act),
+        make(page.hijack, harmless=True),
+        make(runs.cancel),
     ]
     server = MCPServer[Opening](
-        "mcp-flow", version=__version__, instructions=INSTRUCTIONS, tools=tools, lifespan=lifespan, log_level="WARNING"
+        "mcp-flow",
+        version=__version__,
+        instructions=INSTRUCTIONS,
+        tools=tools,
+        lifespan=lifespan,
+        log_level="WARNING",
+        request_state_security=RequestStateSecurity(codec=KeptKey(settings.home), ttl=LONGEST_THOUGHT),
     )
     for prompt in prompts():
         server.add_prompt(prompt)

@@ -8,13 +8,15 @@ Nothing outside this module knows that it is SQLite.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import sqlite3
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,12 +28,20 @@ from sqlite_utils import Database, Migrations
 from mcp_flow import events as ev
 from mcp_flow.commits import CommitThread, WriteLock
 from mcp_flow.config import Settings, check_id, private_folder
-from mcp_flow.errors import BrokenChain, Conflict, FlowError, IllegalEvent, StoreError, UnknownRun
+from mcp_flow.errors import BrokenChain, Conflict, FlowError, StoreError, UnknownRun
 from mcp_flow.run import Run
+from mcp_flow.secrets import secret_places
 
 T = TypeVar("T")
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _CACHED_RUNS = 512
+_KEPT_EVENTS = 512
+BUSY = 5000
+"""Milliseconds for which a program that is not mcp-flow may lock the database."""
+EMPTY_WITHIN = 200
+"""Milliseconds for which readers may hold up the emptying of the log."""
+EMPTY_EVERY = 1.0
+"""Seconds between two attempts at that."""
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "fuse.sshfs", "ceph"}
 
 migrations = Migrations("mcp-flow")
@@ -56,6 +66,17 @@ def m002_places(db: Database) -> None:
         db.execute(f"DROP TABLE IF EXISTS {table}")
 
 
+@migrations()
+def m003_waits(db: Database) -> None:
+    """Secrets that were given as answers, events that were sent to whoever waits, and until when a page is held."""
+    db.execute(
+        "CREATE TABLE secret_answers (run INTEGER NOT NULL REFERENCES journals(no), ref TEXT NOT NULL,"
+        " value TEXT NOT NULL, PRIMARY KEY (run, ref)) WITHOUT ROWID"
+    )
+    db.execute("CREATE TABLE sent_events (key TEXT PRIMARY KEY, at TEXT NOT NULL, sent TEXT NOT NULL) WITHOUT ROWID")
+    db.execute("DROP TABLE IF EXISTS run_rows")  # `_Connection.open` makes it anew
+
+
 _JOURNAL = """
 CREATE TABLE journals (no INTEGER PRIMARY KEY, run_id TEXT NOT NULL UNIQUE);
 CREATE TABLE events (
@@ -75,10 +96,11 @@ _PROJECTIONS = """
 CREATE TABLE IF NOT EXISTS run_rows (
   run INTEGER PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, wants_worker INTEGER NOT NULL, owner TEXT,
   epoch INTEGER NOT NULL, attempt INTEGER NOT NULL, created_at TEXT NOT NULL, why TEXT, has_page INTEGER NOT NULL,
-  awaits_owner INTEGER NOT NULL, held_since TEXT
+  awaits_owner INTEGER NOT NULL, held_since TEXT, hijacked_until TEXT
 );
 CREATE INDEX IF NOT EXISTS run_rows_wanting ON run_rows (run) WHERE wants_worker;
 CREATE INDEX IF NOT EXISTS run_rows_held ON run_rows (held_since) WHERE held_since IS NOT NULL;
+CREATE INDEX IF NOT EXISTS run_rows_hijacked ON run_rows (hijacked_until) WHERE hijacked_until IS NOT NULL;
 CREATE INDEX IF NOT EXISTS run_rows_status ON run_rows (status, run);
 CREATE TABLE IF NOT EXISTS request_rows (
   request_id TEXT PRIMARY KEY, run INTEGER NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, status TEXT NOT NULL,
@@ -147,12 +169,17 @@ class _Transaction:
         self._projected: dict[str, tuple[Any, ...]] = {}
         self._current: set[str] = set()
         self._touched: dict[str, int] = {}
+        self._requests: dict[str, set[str]] = {}
         self._in_body: set[str] = set()
         self._first_touched: set[str] = set()
+        self._tails: dict[str, list[ev.Recorded]] = {}
+        self._ends: dict[str, list[ev.Recorded]] = {}
 
     def begin(self) -> None:
         self._current.clear()
         self._touched.clear()
+        self._requests.clear()
+        self._ends, self._tails = {run_id: tail[-_KEPT_EVENTS:] for run_id, tail in self._tails.items()}, {}
 
     def begin_body(self) -> None:
         self._in_body.clear()
@@ -168,6 +195,8 @@ class _Transaction:
     def forget_all(self) -> None:
         self._cache.clear()
         self._projected.clear()
+        self._tails.clear()
+        self._ends.clear()
 
     def end(self) -> None:
         """After the commit nothing is certain any more: another process may write."""
@@ -175,6 +204,8 @@ class _Transaction:
 
     def _drop(self, run_id: str) -> None:
         self._cache.pop(run_id, None)
+        self._tails.pop(run_id, None)
+        self._ends.pop(run_id, None)
         self._projected.pop(run_id, None)
         self._current.discard(run_id)
 
@@ -235,6 +266,8 @@ class _Transaction:
         for event, data in prepared:
             recorded = ev.Recorded(run.seq + 1, at, epoch, event)
             run.advance(recorded)
+            if request_id := getattr(event, "request_id", None):
+                self._requests.setdefault(run_id, set()).add(request_id)
             tip = ev.chain(tip, recorded.seq, at, epoch, event.type, data)
             rows.append((number, recorded.seq, at, epoch, event.type, data, tip))
             appended.append(recorded)
@@ -243,9 +276,17 @@ class _Transaction:
         if run_id not in self._touched:
             self._touched[run_id] = before
             self._first_touched.add(run_id)
-        if since is not None and since < before:
-            return [recorded for recorded, _ in _load(self.execute, number, since)]
-        return appended
+        tail = self._tails.get(run_id)
+        if tail is None:
+            end = self._ends.get(run_id, [])
+            tail = self._tails[run_id] = end if end and end[-1].seq == before else []
+        tail += appended
+        if since is None or since >= before:
+            return appended
+        # Many branches append at a time, each from what was known before: reading all that for each is quadratic.
+        if tail and tail[0].seq <= since + 1:
+            return tail[since + 1 - tail[0].seq :]
+        return [recorded for recorded, _ in _load(self.execute, number, since)]
 
     def project(self) -> None:
         """Write what the touched runs look like now."""
@@ -258,18 +299,27 @@ class _Transaction:
         assert run.created
         waiting = run.open_requests()
         why = run.error.message if run.error else waiting[0].opened.prompt if waiting else run.reason
+        until = run.hijack.expires if run.hijack and not run.ended else None
         row = (
             run.status, run.wants_worker, run.owner, run.epoch, run.attempt, why and why[:500], bool(run.pages),
-            run.awaits_owner, run.held_since,
+            run.awaits_owner, run.held_since, until and _stamp(until),
         )  # fmt: skip
         if self._projected.get(run.run_id) != row:
             self.execute(
                 "INSERT OR REPLACE INTO run_rows (run, workflow, created_at, status, wants_worker, owner, epoch,"
-                " attempt, why, has_page, awaits_owner, held_since) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " attempt, why, has_page, awaits_owner, held_since, hijacked_until)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (number, run.created.workflow, run.created_at, *row),
             )
             self._projected[run.run_id] = row
-        for request_id, request in run.requests.items():
+            if run.ended:
+                self._erase_secrets(number)
+        # Looking at all of them each time would make a run of many questions quadratic.
+        whole = not before or run.ended
+        for request_id in run.requests if whole else self._requests.get(run.run_id, ()):
+            request = run.requests.get(request_id)
+            if request is None:  # an undone body named it
+                continue
             if request.seq > before:
                 expires = request.opened.expires
                 self.execute(
@@ -280,6 +330,17 @@ class _Transaction:
             elif request.settled_seq > before:
                 self.execute("UPDATE request_rows SET status = ? WHERE request_id = ?", (request.status, request_id))
 
+    def _erase_secrets(self, number: int) -> None:
+        """Erase the secret answers of a run that has ended; an empty row says that the log may hold them still."""
+        secret = "DELETE FROM secret_answers WHERE run = ? AND ref != ''"
+        if self.execute(secret, (number,)).rowcount > 0:
+            self.note_erased(number)
+
+    def note_erased(self, number: int) -> None:
+        """Note, in the very transaction, that the log holds what a run has erased."""
+        self.execute("INSERT OR IGNORE INTO secret_answers VALUES (?, '', '')", (number,))
+        self._connection.log_holds_secrets = True
+
 
 class _Connection:
     """The SQLite side of the commit thread."""
@@ -288,24 +349,31 @@ class _Connection:
         self._path = path
         self._conn: sqlite3.Connection | None = None
         self._changes = 0
+        self.log_holds_secrets = False
+        """Whether secrets that were erased may still stand in the write-ahead log."""
+        self._held_up_at = -EMPTY_EVERY
         self.transaction = _Transaction(self, now)
 
     def open(self) -> None:
-        if not self._path.exists():
-            # Only then: to close any file handle of a database drops the locks that this process has on it, and another
-            # process would take away the write-ahead log under a connection that is open beside this one.
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        elif not os.access(self._path, os.W_OK):
+        # Only a new file is opened here: closing a file of which this process has a connection already would drop the
+        # locks of that one, and whoever leaves the database then takes its log away from under it.
+        if self._path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        if not os.access(self._path, os.W_OK):
             # SQLite opens it all the same, and says so at the first write only.
             raise sqlite3.OperationalError("attempt to write a readonly database")
-        conn = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        conn = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         try:
+            conn.execute(f"PRAGMA busy_timeout = {BUSY}")
             version = conn.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StoreError(_too_new(version))
             conn.execute("PRAGMA journal_mode = WAL")
             conn.execute("PRAGMA synchronous = FULL")
             conn.execute("PRAGMA foreign_keys = ON")
+            conn.execute("PRAGMA secure_delete = ON")  # or an erased secret would stand on in a free page
             self._conn = conn
             if version < SCHEMA_VERSION:
                 # All or nothing: a crash in between must leave a database of the older schema.
@@ -314,6 +382,9 @@ class _Connection:
                 self.rebuild()
                 conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 conn.execute("COMMIT")
+            left = conn.execute("SELECT 1 FROM secret_answers WHERE ref = '' LIMIT 1").fetchone()
+            self.log_holds_secrets = left is not None
+            self._empty_log()
         except BaseException:
             conn.close()
             self._conn = None
@@ -321,6 +392,7 @@ class _Connection:
 
     def close(self) -> None:
         if self._conn is not None:
+            self._empty_log()
             self._conn.close()
             self._conn = None
 
@@ -360,6 +432,23 @@ class _Connection:
             self.rebuild()
         self.execute("COMMIT")
         self.transaction.end()
+        self._empty_log()
+
+    def _empty_log(self) -> None:
+        """Empty the write-ahead log, where erased secrets may stand in it; while somebody reads, a second later."""
+        if not self.log_holds_secrets or time.monotonic() - self._held_up_at < EMPTY_EVERY:
+            return
+        with suppress(sqlite3.OperationalError):  # what was committed is, whatever becomes of the log
+            self.execute(f"PRAGMA busy_timeout = {EMPTY_WITHIN}")
+            try:
+                busy = self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                self.execute(f"PRAGMA busy_timeout = {BUSY}")
+            if busy:
+                self._held_up_at = time.monotonic()
+                return
+            self.execute("DELETE FROM secret_answers WHERE ref = ''")
+            self.log_holds_secrets = False
 
     def rollback(self) -> None:
         self.transaction.forget_all()
@@ -460,10 +549,9 @@ class Store:
         """`append`, queued at once, before whatever is appended later; the future ends when it is durable."""
         prepared = [(event, event.encoded()) for event in events]
         view = self._views.get(run_id)
-        since = view.seq if view else None
 
         def body() -> list[ev.Recorded]:
-            appended = self._tx.append(run_id, prepared, epoch, since)
+            appended = self._tx.append(run_id, prepared, epoch, view.seq if view else None)
             if places is not None:
                 self._save_places(run_id, places)
             return appended
@@ -484,11 +572,10 @@ class Store:
     ) -> list[ev.Recorded]:
         """Append what `plan` says to the run as it is in the transaction; `plan` may raise to append nothing."""
         view = self._views.get(run_id)
-        since = view.seq if view else None
 
         def body() -> tuple[list[ev.Recorded], int]:
             run = self._tx.fold(run_id)[2]
-            before = run.seq
+            before, since = run.seq, view.seq if view else None
             prepared = [(event, event.encoded()) for event in plan(run)]
             return (self._tx.append(run_id, prepared, epoch, since) if prepared else []), before
 
@@ -654,22 +741,26 @@ class Store:
         return await self._read(lambda: self._tx.execute(sql, values).fetchone() is not None)
 
     async def expire_due(self) -> list[str]:
-        """Expire the open requests whose deadline has passed; returns their runs."""
+        """Expire the open requests and the holds on pages whose time is over; returns their runs."""
 
-        def due() -> list[tuple[str, str]]:
+        def due() -> list[tuple[str, str | None]]:
+            now = _stamp(self.now())
             return self._tx.execute(
                 "SELECT j.run_id, q.request_id FROM request_rows q JOIN journals j ON j.no = q.run"
-                " WHERE q.status = 'open' AND q.expires IS NOT NULL AND q.expires <= ? LIMIT 1000",
-                (_stamp(self.now()),),
+                " WHERE q.status = 'open' AND q.expires IS NOT NULL AND q.expires <= ? UNION ALL"
+                " SELECT j.run_id, NULL FROM run_rows r JOIN journals j ON j.no = r.run WHERE r.hijacked_until <= ?"
+                " LIMIT 1000",
+                (now, now),
             ).fetchall()
 
         def body() -> list[str]:
             expired = []
             for run_id, request_id in due():
-                event = ev.RequestExpired(request_id=request_id)
                 try:
-                    self._tx.append(run_id, [(event, event.encoded())], None)
-                except IllegalEvent:
+                    run = self._tx.fold(run_id)[2]
+                    events: list[ev.Event] = [ev.RequestExpired(request_id=request_id)] if request_id else _let_go(run)
+                    self._tx.append(run_id, [(event, event.encoded()) for event in events], None)
+                except (FlowError, ValueError):  # settled meanwhile; or unreadable, which must not hold up the others
                     continue
                 expired.append(run_id)
             return expired
@@ -677,19 +768,20 @@ class Store:
         return await self._thread.write(body) if await self._read(due) else []
 
     async def next_due(self, hold: float, after: datetime) -> datetime | None:
-        """When, later than `after`, the next request expires or the next page has been unused for `hold` seconds."""
+        """When, later than `after`, a request or a hold on a page expires, or a page has been unused for `hold`."""
         queries = (
             "SELECT min(expires) FROM request_rows WHERE status = 'open' AND expires > ?",
+            "SELECT min(hijacked_until) FROM run_rows WHERE hijacked_until > ?",
             "SELECT min(held_since) FROM run_rows WHERE held_since > ?",
         )
         unused_for = timedelta(seconds=hold)
-        values = (_stamp(after), _stamp(after - unused_for))
+        values = (_stamp(after), _stamp(after), _stamp(after - unused_for))
 
         def body() -> list[str | None]:
             return [self._tx.execute(sql, (value,)).fetchone()[0] for sql, value in zip(queries, values, strict=True)]
 
-        expires, held = await self._read(body)
-        moments = [datetime.fromisoformat(expires)] if expires else []
+        *expires, held = await self._read(body)
+        moments = [datetime.fromisoformat(moment) for moment in expires if moment]
         moments += [datetime.fromisoformat(held) + unused_for] if held else []
         return min(moments, default=None)
 
@@ -716,13 +808,29 @@ class Store:
     # --- the registry ---
 
     async def list_runs(
-        self, status: Sequence[str], workflow: str | None, query: str | None, limit: int, before: int | None
+        self,
+        status: Sequence[str],
+        workflow: str | None,
+        query: str | None,
+        limit: int,
+        before: int | None,
+        living: Iterable[str] | None = None,
     ) -> list[RunRow]:
-        """Runs, newest first; `before` is the `no` of the last page's last row; `query` is sought in ids and whys."""
+        """Runs, newest first; `before` is the `no` of the last page's last row; `query` is sought in ids and whys.
+
+        With the workers that are `living`, a running run of another's is `interrupted`.
+        """
         where, values = ["1"], list[Any]()
+        word = "r.status"
+        if living is not None:
+            word = "CASE WHEN r.status = 'running' AND r.owner NOT IN (SELECT value FROM json_each(?))"
+            word += " THEN 'interrupted' ELSE r.status END"
+            values.append(json.dumps(sorted(living)))
         if status:
             where.append("r.status IN (SELECT value FROM json_each(?))")
-            values.append(json.dumps(list(status)))
+            where.append("word IN (SELECT value FROM json_each(?))")
+            stored = {"running" if one == "interrupted" else one for one in status}
+            values += [json.dumps(sorted(stored)), json.dumps(list(status))]
         if workflow:
             where.append("r.workflow = ?")
             values.append(workflow)
@@ -733,7 +841,7 @@ class Store:
             where.append("r.run < ?")
             values.append(before)
         sql = (
-            "SELECT r.run, j.run_id, r.workflow, r.status, r.owner, r.created_at, (SELECT at FROM events e"
+            f"SELECT r.run, j.run_id, r.workflow, {word} AS word, r.owner, r.created_at, (SELECT at FROM events e"
             " WHERE e.run = r.run ORDER BY seq DESC LIMIT 1), (SELECT data ->> 'key' FROM events e WHERE e.run = r.run"
             " AND type = 'step.started' ORDER BY seq DESC LIMIT 1), r.why FROM run_rows r"
             f" JOIN journals j ON j.no = r.run WHERE {' AND '.join(where)} ORDER BY r.run DESC LIMIT ?"
@@ -825,8 +933,57 @@ class Store:
 
     async def drop_checkpoint(self, run_id: str) -> None:
         """Forget what an ended run's pages held: cookies and places outlive no run."""
-        sql = "DELETE FROM checkpoints WHERE run = ?"
-        await self._thread.write(lambda: self._tx.execute(sql, (self._tx.number(run_id),)))
+
+        def body() -> None:
+            number, _, run = self._tx.fold(run_id)
+            dropped = self._tx.execute("DELETE FROM checkpoints WHERE run = ?", (number,)).rowcount
+            asked = (request.opened for request in run.requests.values() if request.status == "answered")
+            if dropped > 0 and any(secret_places(opened.answer_schema) for opened in asked):
+                self._tx.note_erased(number)  # a page may have shown, or kept, what it was given
+
+        await self._thread.write(body)
+
+    async def answer_with_secrets(
+        self, run_id: str, plan: Callable[[Run], Sequence[ev.Event]], secrets: Mapping[str, str]
+    ) -> list[ev.Recorded]:
+        """`decide`, keeping the secrets that its events refer to outside of the journal, in the same transaction."""
+
+        def body() -> list[ev.Recorded]:
+            number, _, run = self._tx.fold(run_id)
+            since = run.seq
+            prepared = [(event, event.encoded()) for event in plan(run)]
+            if not prepared:
+                return []
+            for ref, value in secrets.items():
+                self._tx.execute("INSERT INTO secret_answers VALUES (?, ?, ?)", (number, ref, value))
+            return self._tx.append(run_id, prepared, None, since)
+
+        return await self._thread.submit(body, write=True, on_result=lambda recorded: self._advance(run_id, recorded))
+
+    async def secret_answers(self, run_id: str) -> dict[str, str]:
+        """The secrets that were given as answers to a run that has not ended, by reference."""
+        sql = "SELECT ref, value FROM secret_answers WHERE run = ?"
+        return dict(await self._read(lambda: self._tx.execute(sql, (self._tx.number(run_id),)).fetchall()))
+
+    async def waiting_for_event(self, name: str) -> list[str]:
+        """The runs that wait for an event of this name, longest first."""
+        sql = (
+            "SELECT DISTINCT j.run_id FROM request_rows q JOIN journals j ON j.no = q.run"
+            " JOIN events e ON e.run = q.run AND e.seq = q.seq"
+            " WHERE q.status = 'open' AND q.kind = 'event' AND e.data ->> '$.data.event' = ? ORDER BY q.opened_at"
+        )
+        return [row[0] for row in await self._read(lambda: self._tx.execute(sql, (name,)).fetchall())]
+
+    async def sent_under(self, key: str) -> str | None:
+        """The name of the event that was sent to all who waited under this key, if one was."""
+        known = "SELECT sent FROM sent_events WHERE key = ?"
+        row = await self._read(lambda: self._tx.execute(known, (key,)).fetchone())
+        return row[0] if row else None
+
+    async def note_sending(self, key: str, name: str) -> None:
+        """Note that an event was sent under this key to all who waited."""
+        sql = "INSERT OR IGNORE INTO sent_events VALUES (?, ?, ?)"
+        await self._thread.write(lambda: self._tx.execute(sql, (key, _stamp(self.now()), name)))
 
     async def pragmas(self) -> dict[str, Any]:
         """The pragmas in force, for benchmarks to print."""
@@ -912,6 +1069,13 @@ def _load(
     )
     for seq, at, epoch, type_, data, digest in rows.fetchall():
         yield ev.Recorded(seq, at, epoch, ev.decode(type_, data)), digest
+
+
+def _let_go(run: Run) -> list[ev.Event]:
+    """What happens to a run whose page was held without use for too long: nobody is asked to take it any more."""
+    moot = [request.opened.request_id for request in run.open_requests() if request.opened.kind == "takeover"]
+    reason = "the page was not used for too long"
+    return [ev.HijackExpired(), *(ev.RequestWithdrawn(request_id=request_id, reason=reason) for request_id in moot)]
 
 
 def _request(data: str) -> ev.RequestOpened:

@@ -52,9 +52,9 @@ class Start:
             self._append_soon(event)
 
 
-async def invoke(name: str, fn: Callable[..., Any], args: tuple[Any, ...], limit: float | None) -> Any:
-    """Call a step's function, as step `name` and for at most `limit` seconds; raises `StepTimeout`."""
-    with scope.inside_step(name):
+async def invoke(name: str, fn: Callable[..., Any], args: tuple[Any, ...], limit: float | None, key: str) -> Any:
+    """Call a step's function, as step `name` of this key and for at most `limit` seconds; raises `StepTimeout`."""
+    with scope.inside_step(name, key):
         if limit is None:
             return await _call(fn, args)
         try:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
+from mcp_flow.answers import Typed, form_of
+from mcp_flow.run import asks_for_help, step_of
+
 if TYPE_CHECKING:
     from mcp_flow import events as ev
     from mcp_flow.run import Request, Run
@@ -36,6 +39,9 @@ class RunView(TypedDict, total=False):
     changed_steps: list[str]
     unused_steps: list[str]
     edited: str
+    held_until: str
+    patch: dict[str, Any]
+    events_kept: list[str]
     steps: list[dict[str, Any]]
     events: list[dict[str, Any]]
     last_seq: int
@@ -54,28 +60,30 @@ def show_run(
     place: dict[str, Any] | None = None,
     browser_lives: bool = True,
     edits: str | None = None,
+    typed: Typed = "mcp-flow {}".format,
 ) -> RunView:
     """A run without its steps and events. `status` may be `interrupted`, which no journal holds.
 
-    `place` says where its pages were last seen, `edits` how its code on disk differs from what it was executed with.
+    `place` says where its pages were last seen, `edits` how its code on disk differs from what it was executed with,
+    `typed` how a command is typed so that it finds this home folder.
     """
     assert run.created
     view = RunView(
         run_id=run.run_id,
         workflow=run.created.workflow,
         status=status,
-        next=next_call(run, status),
+        next=next_call(run, status, typed),
         attempt=run.attempt,
     )
     if run.status == "finished":
         view["output"] = run.output
     if run.reason:
         view["why"] = run.reason
-    if run.error:
-        view["error"] = run.error.model_dump(exclude_defaults=True)
+    if error := run.error or _awaiting_help(run):
+        view["error"] = error.model_dump(exclude_defaults=True)
     if not run.ended and (step := next(iter(run.running_steps()), None)):
         view["step"] = step.key
-    if pending := [show_request(request, run) for request in run.open_requests()]:
+    if pending := [show_request(request, run, typed) for request in run.open_requests()]:
         view["pending"] = pending
         view.setdefault("why", run.open_requests()[0].opened.prompt)
     if (page := _page(run, browser_lives)) is not None:
@@ -92,7 +100,17 @@ def show_run(
         spot = run.hijack.stopped.model_dump(exclude_none=True) if run.hijack.stopped else {}
         where = f"; it stands at {json.dumps(spot)}" if spot else ""
         held = "held by" if run.hijack.stopped else "stops at its next action or step for"
+        if run.hijack.expired:
+            held = "left unused for too long by"
         view["why"] = f"{held} the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
+        if run.hijack.expires:
+            view["held_until"] = run.hijack.expires.isoformat()
+        if patch := patch_of(run):
+            view["patch"] = patch
+    if run.on_hold:
+        view["why"] = "it is held back until resume"
+    if run.inbox:
+        view["events_kept"] = [received.name for received in run.inbox]
     if run.blocked and status == "running":
         line = f"{run.blocked.file}:{run.blocked.line}"
         view["why"] = f"the worker's event loop has stood still for {run.blocked.seconds:g} s at {line}"
@@ -101,6 +119,26 @@ def show_run(
     view["folder"] = folder
     view["created_at"], view["updated_at"] = run.created_at, run.updated_at
     return view
+
+
+def _awaiting_help(run: Run) -> ev.Failure | None:
+    """The error of a step that can be tried again, and waits for the word."""
+    for request in run.open_requests():
+        if asks_for_help(request.opened) and (step := run.steps.get(step_of(request.opened.key))):
+            return step.error
+    return None
+
+
+def patch_of(run: Run) -> dict[str, Any] | None:
+    """What was done by hand since the page was taken, as lines for the workflow at the step that stood still."""
+    if run.hijack is None or not run.hijack.lines:
+        return None
+    place: dict[str, Any] = {}
+    if stopped := run.hijack.stopped:
+        place = {"step": stopped.step, "file": stopped.file, "line": stopped.line}
+    if run.error:
+        place = {"step": run.error.step, "file": run.error.file, "line": run.error.line}
+    return {name: value for name, value in place.items() if value is not None} | {"lines": list(run.hijack.lines)}
 
 
 def _page(run: Run, browser_lives: bool) -> dict[str, Any] | None:
@@ -117,14 +155,14 @@ def _page(run: Run, browser_lives: bool) -> dict[str, Any] | None:
     return shown if browser_lives else shown | {"gone": "its browser has ended; going on rebuilds the page"}
 
 
-def show_request(request: Request, run: Run) -> dict[str, Any]:
+def show_request(request: Request, run: Run, typed: Typed) -> dict[str, Any]:
     """An open request, with the literal call that answers it."""
-    return _request(request.opened, run.run_id, request.at)
+    return _request(request.opened, run.run_id, request.at, typed)
 
 
-def show_request_row(row: RequestRow, now: datetime) -> dict[str, Any]:
+def show_request_row(row: RequestRow, now: datetime, typed: Typed) -> dict[str, Any]:
     """An open request in `list_pending`, with its run and its age in seconds."""
-    shown = _request(row.request, row.run_id, row.opened_at)
+    shown = _request(row.request, row.run_id, row.opened_at, typed)
     age = (now - datetime.fromisoformat(row.opened_at)).total_seconds()
     left = (row.request.expires - now).total_seconds() if row.request.expires else None
     extra = {"run_id": row.run_id, "workflow": row.workflow, "age_s": round(age, 1), "left_s": left and round(left, 1)}
@@ -172,11 +210,15 @@ def show_events(recorded: Iterable[ev.Recorded]) -> list[dict[str, Any]]:
     return shown
 
 
-def next_call(run: Run, status: str) -> str:
+def next_call(run: Run, status: str, typed: Typed) -> str:
     """The literal call that brings a run on."""
     run_id = json.dumps(run.run_id)
     requests = run.open_requests()
     match status:
+        case "queued" if run.on_hold:
+            return f"resume(run_id={run_id})"
+        case "paused" if not any(request.opened.kind == "pause" for request in requests):
+            return f"resume(run_id={run_id})"
         case "waiting-approval" | "waiting-input" | "paused" | "in-doubt":
             kinds = {
                 "waiting-approval": "approval",
@@ -186,10 +228,13 @@ def next_call(run: Run, status: str) -> str:
             }
             fitting = [request for request in requests if request.opened.kind == kinds[status]]
             chosen = (fitting or requests)[0]
-            return str(_request(chosen.opened, run.run_id, chosen.at)["answer"])
+            return how_answered(chosen.opened, run.run_id, typed)
         case "failed":
             return f"snapshot(run_id={run_id}), mend what error names, then resume(run_id={run_id})"
         case "hijacked":
+            for request in requests:
+                if request.opened.kind == "takeover":
+                    return how_answered(request.opened, run.run_id, typed)
             return f"resume(run_id={run_id})"
         case "interrupted":
             return f"get_run(run_id={run_id}, wait_s=20); with take_up off, resume(run_id={run_id})"
@@ -207,35 +252,45 @@ def shortened(value: Any, limit: int) -> Any:
     return value if len(text) <= limit else f"{text[:limit]}… (cut: {len(text)} characters in all)"
 
 
-def _request(opened: ev.RequestOpened, run_id: str, at: str) -> dict[str, Any]:
+def _request(opened: ev.RequestOpened, run_id: str, at: str, typed: Typed) -> dict[str, Any]:
     shown = {
         "request_id": opened.request_id,
         "kind": opened.kind,
         "prompt": opened.prompt,
-        "step": opened.key.removesuffix("?"),
+        "step": step_of(opened.key) if opened.kind != "takeover" else None,
         "data": opened.data,
         "schema": opened.answer_schema,
         "by": opened.by,
         "opened_at": at,
         "expires": opened.expires and opened.expires.astimezone(UTC).isoformat(),
-        "answer": _answer(opened, run_id),
+        "answer": how_answered(opened, run_id, typed),
     }
     return {name: value for name, value in shown.items() if value is not None}
 
 
-def _answer(opened: ev.RequestOpened, run_id: str) -> str:
+def how_answered(opened: ev.RequestOpened, run_id: str, typed: Typed) -> str:
     """The literal call that answers a request."""
     run, request = json.dumps(run_id), json.dumps(opened.request_id)
+    if opened.by == "human" and opened.kind == "approval":
+        command = typed(f"approve {opened.request_id}")
+        return f"approve(request_id={request}) asks a person if the client can; or a person types: {command}"
     if opened.by == "human":
-        command = "approve" if opened.kind == "approval" else "answer"
-        return f"a person types: mcp-flow {command} {opened.request_id}"
+        command = f"a person types: {typed(f'answer {opened.request_id}')}"
+        if opened.kind == "input" and form_of(opened.answer_schema):
+            return f"resume(run_id={run}, request_id={request}) asks a person if the client can; or {command}"
+        return command
     match opened.kind:
         case "approval":
             return (
                 f'approve(request_id={request}, decision="approve") or approve(request_id={request}, decision="deny")'
             )
-        case "input":
-            return f"resume(run_id={run}, request_id={request}, value={_example(opened.answer_schema)})"
+        case "input" | "event":
+            given = f"resume(run_id={run}, request_id={request}, value={_example(opened.answer_schema)})"
+            if asks_for_help(opened):
+                return f"{given}, or without a value"
+            if opened.kind == "event":
+                return f"send_event(name={json.dumps(opened.data['event'])}, payload=…, run_id={run}), or {given}"
+            return given
         case "in-doubt":
             return (
                 f'resume(run_id={run}, request_id={request}, step="done", value=…) or '

@@ -284,7 +284,8 @@ class Worker:
                 return
             if run.idle:
                 await self._park(run, epoch)
-                if run.owner != self.id:
+                # Parked and woken meanwhile, it may be ours again, but then another task has it.
+                if run.owner != self.id or run.epoch != epoch:
                     return
             try:
                 if run.crashes >= MAX_CRASHES:
@@ -329,7 +330,8 @@ class Worker:
             await self._let_go(run, epoch)
             return True
         await attempt.detach()
-        if outcome != "suspended" or run.owner != self.id or run.active or self._stopping.is_set():
+        ours = run.owner == self.id and run.epoch == epoch
+        if outcome != "suspended" or not ours or run.active or self._stopping.is_set():
             return True
         if run.idle:
             # Its page was lost while it waited: whoever answers wakes it, and the page is rebuilt then.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import hypothesis
 import pytest
+from clocks import Clock
 
 from mcp_flow import config
 from mcp_flow.config import Settings
@@ -16,19 +16,6 @@ from mcp_flow.store import Store
 # A slow machine is no failure, and examples that failed belong into a test, not into a folder.
 hypothesis.settings.register_profile("repository", deadline=None, database=None, max_examples=50)
 hypothesis.settings.load_profile("repository")
-
-
-class Clock:
-    """A time that stands still until it is told to pass."""
-
-    def __init__(self) -> None:
-        self.time = datetime(2031, 5, 1, 12, 0, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.time
-
-    def tick(self, seconds: float) -> None:
-        self.time += timedelta(seconds=seconds)
 
 
 @pytest.fixture(scope="session")

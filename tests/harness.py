@@ -133,11 +133,12 @@ class House:
         try:
             with anyio.fail_after(seconds):
                 while True:
-                    run = await self.control.wait(run_id, 2)
+                    rings = self.bell.rings
+                    run = await self.control.wait(run_id, 0)
                     if run.status in statuses:
                         return run
                     assert run.status not in ENDED, await self.story(run_id)
-                    await self.bell.next_ring(0.05)
+                    await self.bell.next_ring(0.05, rings)
         except TimeoutError:
             raise AssertionError(f"never {' or '.join(statuses)}\n{await self.story(run_id)}") from None
 

@@ -143,7 +143,8 @@ async def test_a_failed_run_keeps_its_page_and_a_picture_and_goes_on_in_it(
     assert run.error
     assert (run.error.type, run.error.step) == ("playwright.TimeoutError", "click")
     assert run.error.line == house.line_of('"#missing"')
-    [picture] = run.error.artifacts
+    picture, record = run.error.artifacts
+    assert (await anyio.Path(record).read_text()).startswith("url: ")
     assert (await anyio.Path(picture).read_bytes()).startswith(b"\x89PNG\r\n\x1a\n")
     assert await look(driver, house, run_id, "document.querySelector('#name').value") == "Ada"
     house.edit('"#missing", timeout=100', '"button"')

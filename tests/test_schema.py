@@ -69,7 +69,7 @@ async def test_a_home_folder_of_schema_1_has_all_that_it_had(old_home: Settings)
         assert (await store.beats())["w-1"].silent == 0
     with closing(sqlite3.connect(old_home.database)) as connection:
         assert connection.execute("SELECT * FROM events ORDER BY run, seq").fetchall() == before
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (store_module.SCHEMA_VERSION,)
         assert connection.execute("SELECT count(*) FROM steps").fetchone() == (2,)
 
 
@@ -175,10 +175,16 @@ async def test_a_migration_that_is_killed_at_any_statement_has_not_been(old_home
     )
     statements = int(ended.stdout)
     assert statements > 30
-    for number in range(statements):
-        assert dump(tmp_path / str(number) / "flow.db") == before, f"killed at statement {number}"
-    assert dump(tmp_path / str(statements) / "flow.db")[-1] == "PRAGMA user_version = 2"
-    shutil.copy(tmp_path / str(statements - 1) / "flow.db", old_home.database)
+    done = f"PRAGMA user_version = {store_module.SCHEMA_VERSION}"
+    found = [dump(tmp_path / str(number) / "flow.db") for number in range(statements + 1)]
+    migrated = [state[-1] == done for state in found]
+    # At most the few statements that come after the commit find it migrated; before, nothing of it is there.
+    assert migrated == sorted(migrated)
+    assert 1 <= sum(migrated) <= 3
+    for number, state in enumerate(found[: migrated.index(True)]):
+        assert state == before, f"killed at statement {number}"
+    last = migrated.index(True) - 1
+    shutil.copy(tmp_path / str(last) / "flow.db", old_home.database)
     async with Store(old_home, "test") as store:
         assert await store.verify("asking") == 11
         assert await store.load_checkpoint("asking")
@@ -187,14 +193,19 @@ async def test_a_migration_that_is_killed_at_any_statement_has_not_been(old_home
 async def test_a_process_of_an_older_version_stops_once_the_journal_is_migrated(
     old_home: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", 1)
+    async with Store(old_home, "test"):
+        pass
+    now = store_module.SCHEMA_VERSION
+    with closing(sqlite3.connect(old_home.database)) as connection:
+        connection.execute(f"PRAGMA user_version = {now - 1}")
+    monkeypatch.setattr(store_module, "SCHEMA_VERSION", now - 1)
     async with Store(old_home, "worker") as older:
         monkeypatch.undo()
         async with Store(old_home, "test") as newer:
             await newer.append("failed", ev.PageEvaluated(code="1", mode="read", outcome="ok"))
         migrated = dump(old_home.database)
-        monkeypatch.setattr(store_module, "SCHEMA_VERSION", 1)
-        refusal = r"journal has schema 2 and this mcp-flow writes schema 1.*Install the newer mcp-flow"
+        monkeypatch.setattr(store_module, "SCHEMA_VERSION", now - 1)
+        refusal = rf"journal has schema {now} and this mcp-flow writes schema {now - 1}.*Install the newer mcp-flow"
         for move in (
             older.append("queued", ev.RunCancelled(reason="enough")),
             older.claim("w-9", ["w-1"], 9),

@@ -64,6 +64,28 @@ async def crowd(flow: Flow, steps: int, parties: int) -> list[float]:
     return [began, time.perf_counter()]
 
 
+@workflow
+async def asking(flow: Flow, questions: int) -> int:
+    """Questions one after another, a step after each answer."""
+    answers = 0
+    for number in range(questions):
+        answers += await flow.ask(f"question {number}", int)
+        await flow.step(f"step {number}", trivial, number)
+    return answers
+
+
+@workflow
+async def sleepers(flow: Flow, timers: int) -> int:
+    """Timers side by side."""
+
+    async def branch(number: int) -> int:
+        with flow.scope(str(number)):
+            await flow.sleep(86_400)
+            return 1
+
+    return sum(await asyncio.gather(*(branch(number) for number in range(timers))))
+
+
 async def read_title(page: Any) -> str:
     """A step that asks the page for something."""
     return str(await page.title())

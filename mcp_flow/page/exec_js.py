@@ -7,16 +7,16 @@ import json
 import re
 import secrets as tokens
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from playwright.async_api import CDPSession, ConsoleMessage, Frame, Page
 from playwright.async_api import Error as PlaywrightError
 
 from mcp_flow.errors import EvaluationError, FlowError, InvalidInput
+from mcp_flow.page.access import Answered, cdp_session, dialogs_answered, turn
 from mcp_flow.page.guard import Secrets, aside, clean, gone, reaching, read_secrets, shortened, whole
 
 SECONDS = 5.0
@@ -27,6 +27,8 @@ SOURCE = "exec_js"
 """The name under which stack traces show the evaluated code."""
 
 _SIDE_EFFECT = "EvalError: Possible side-effect in debug-evaluate"
+_NAVIGATING = ("Page.frameRequestedNavigation", "Page.navigatedWithinDocument")
+_EXACT = 2**53
 _LOST = ("navigated or closed", "context was destroyed", "Cannot find context", "Promise was collected")
 
 
@@ -36,7 +38,8 @@ class Evaluation:
 
     `type` names the value ("string", "undefined", "Map", "Element", ...), whose own tag is left away. Where the
     value was `cut`, it is the beginning of its text, and `type` says so. `navigated` is the new URL if the code
-    made the page navigate; `ms` is how long the code took, in milliseconds.
+    made the page navigate; `ms` is how long the code took, in milliseconds. `dialogs` says of each dialog that the
+    code opened what it asked and how it was closed.
     """
 
     value: Any
@@ -45,6 +48,7 @@ class Evaluation:
     navigated: str | None
     ms: float
     cut: bool
+    dialogs: tuple[str, ...] = ()
 
 
 async def evaluate(
@@ -56,13 +60,14 @@ async def evaluate(
     locator: str | None = None,
     timeout_ms: int = 5000,
     max_chars: int = 8000,
+    secrets: Iterable[str] = (),
 ) -> Evaluation:
     """Evaluates `code` in `page`: an expression, statements with `return`, or a function, which is called.
 
     `ref` (of the latest snapshot) or `locator` (a Playwright selector) binds one element, which the code knows as
     `element` and a function gets as its argument; the code then runs in the element's frame. A promise is awaited.
-    `read` lets nothing through that V8 cannot tell to be free of side effects. What secret fields hold is hidden
-    in everything that comes back. Calls to one page queue.
+    `read` lets nothing through that V8 cannot tell to be free of side effects. What secret fields hold, and the
+    `secrets`, are hidden in everything that comes back. Calls to one page queue.
 
     Raises `EvaluationError` when the code throws, does not compile, has a side effect in `read` mode, does not end
     within `timeout_ms`, or its element is not exactly one; `InvalidInput` for code that is empty or both bindings;
@@ -74,21 +79,41 @@ async def evaluate(
         raise InvalidInput("ref and locator both bind the element: give one of them.")
     if page.is_closed():
         raise gone()
-    async with _queue(page):
+    named = Secrets.of(secrets)
+    async with turn(page):
+        return await aside(page, lambda: _evaluated(page, code, mode, ref, locator, timeout_ms, max_chars, named))
+
+
+async def _evaluated(
+    page: Page,
+    code: str,
+    mode: Literal["read", "write"],
+    ref: str | None,
+    locator: str | None,
+    timeout_ms: int,
+    max_chars: int,
+    named: Secrets,
+) -> Evaluation:
+    async with AsyncExitStack() as stack:
         async with reaching(page, SECONDS):
-            secrets = await read_secrets(page)
+            top = _Place(await cdp_session(page), None, "undefined", True)
+            reading = asyncio.create_task(read_secrets(page))
+            compiling = asyncio.create_task(_compiled(top, code, mode))  # code compiles without its element
+            binding = asyncio.create_task(_bound(stack, page, top, ref, locator))
+            # No task group: on Python 3.11 one whose task fails may leave its caller with a cancellation pending.
+            tasks = (reading, compiling, binding)
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+        secrets = reading.result() | named
         try:
-            async with _bound(page, ref, locator) as place:
-                return await _Attempt(page, place, code, mode, timeout_ms, max_chars, secrets).run()
+            attempt = _Attempt(page, binding.result(), code, mode, timeout_ms, max_chars, secrets)
+            return await attempt.run(compiling.result())
         except EvaluationError as error:
             raise EvaluationError(clean_lines(secrets.hide(str(error)))) from None
-
-
-_queues: WeakKeyDictionary[Page, asyncio.Lock] = WeakKeyDictionary()
-
-
-def _queue(page: Page) -> asyncio.Lock:
-    return _queues.setdefault(page, asyncio.Lock())
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,59 +132,73 @@ class _Place:
         return dict(await self.session.send("Runtime.evaluate", {"expression": expression, **options}))
 
 
-@asynccontextmanager
-async def _bound(page: Page, ref: str | None, locator: str | None) -> AsyncIterator[_Place]:
-    """A place to evaluate in, with the element kept reachable there under an unguessable name meanwhile."""
+async def _bound(stack: AsyncExitStack, page: Page, top: _Place, ref: str | None, selector: str | None) -> _Place:
+    """Where to evaluate, with the element kept there under an unguessable name until `stack` is left."""
+    if ref is None and selector is None:
+        return top
     key = f"__mcp_flow_{tokens.token_hex(16)}"
-    place = None
-    try:
-        async with reaching(page, SECONDS):
-            frame = page.main_frame
-            if ref is not None or locator is not None:
-                frame = await _keep_element(page, ref, locator, key)
-            place = await _place(page, frame, None if ref is None and locator is None else key)
-        yield place
-    finally:
-        if place is not None:
-            with suppress(PlaywrightError, TimeoutError):
-                async with asyncio.timeout(1):
-                    if place.element != "undefined":
-                        await place.run(f"delete globalThis.{key}")
+    place = replace(top, element=f"globalThis.{key}")
+
+    async def forget() -> None:
+        with suppress(PlaywrightError, TimeoutError):
+            async with asyncio.timeout(1):
+                await place.run(f"delete globalThis.{key}")
+                if place.session is not top.session:
                     await place.session.detach()
 
+    # Before it is kept: the other preparations may fail meanwhile and end this one.
+    stack.push_async_callback(forget)
+    await _keep_element(page, ref, selector, key)
+    frame = await _keeper(page, key)
+    if frame != page.main_frame:
+        place = await _place_in(page, frame, key)
+    return place
 
-async def _keep_element(page: Page, ref: str | None, selector: str | None, key: str) -> Frame:
+
+async def _keep_element(page: Page, ref: str | None, selector: str | None, key: str) -> None:
     found = page.get_by_ref(ref) if ref is not None else page.locator(selector or "")
     named = f"ref {ref!r}" if ref is not None else f"locator {selector!r}"
-
-    async def kept() -> Frame:
-        try:
-            # A stale ref would wait out the whole time-out: count first.
-            count = await found.count()
-        except PlaywrightError as error:
-            if "selector" not in error.message:
-                raise
-            count = 0
-            if "Invalid frame" not in error.message:
-                raise EvaluationError(f"{named} is no selector: {clean(error.message)[:300]}") from error
-        if count != 1:
-            hint = "take a new snapshot and use a ref of it" if ref is not None else "it must match exactly one"
-            raise EvaluationError(f"{named} matches {count} elements; {hint}.")
-        handle = await found.element_handle(timeout=SECONDS * 1000)
-        frame = await handle.owner_frame()
-        await handle.evaluate(
-            "(element, key) => void Object.defineProperty(globalThis, key, {value: element, configurable: true})",
-            key,
+    # An element that is not there would be waited for: count meanwhile.
+    keeping = asyncio.create_task(
+        found.evaluate(
+            "(element, key) => void Object.defineProperty(globalThis, key, {value: element, configurable: true})", key
         )
-        return frame or page.main_frame
+    )
+    try:
+        count = await found.count()
+        if count == 1:
+            await keeping
+            return
+    except PlaywrightError as error:
+        if "selector" not in error.message:
+            raise
+        count = 0
+        if "Invalid frame" not in error.message:
+            raise EvaluationError(f"{named} is no selector: {clean(error.message)[:300]}") from error
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+    hint = "take a new snapshot and use a ref of it" if ref is not None else "it must match exactly one"
+    raise EvaluationError(f"{named} matches {count} elements; {hint}.")
 
-    return await aside(page, kept)
+
+async def _keeper(page: Page, key: str) -> Frame:
+    """The frame whose page holds `key`."""
+    if len(page.frames) > 1:
+        for frame, keeps in zip(page.frames, await asyncio.gather(*(_keeps(f, key) for f in page.frames)), strict=True):
+            if keeps:
+                return frame
+    return page.main_frame
 
 
-async def _place(page: Page, frame: Frame, key: str | None) -> _Place:
-    element = "undefined" if key is None else f"globalThis.{key}"
-    if frame == page.main_frame:
-        return _Place(await page.context.new_cdp_session(page), None, element, True)
+async def _keeps(frame: Frame, key: str) -> bool:
+    with suppress(PlaywrightError):  # a frame that goes away keeps nothing
+        return bool(await frame.evaluate("key => Object.hasOwn(globalThis, key)", key))
+    return False
+
+
+async def _place_in(page: Page, frame: Frame, key: str) -> _Place:
+    """A place in a child frame: its context's number is only told to a session that asks for all of them."""
     session = await _session_of(page, frame)
     contexts: list[int] = []
 
@@ -170,7 +209,7 @@ async def _place(page: Page, frame: Frame, key: str | None) -> _Place:
     session.on("Runtime.executionContextCreated", created)
     await session.send("Runtime.enable")
     for context in contexts:
-        place = _Place(session, context, element, False)
+        place = _Place(session, context, f"globalThis.{key}", False)
         answer = await place.run(f"Object.hasOwn(globalThis, '{key}')", returnByValue=True)
         if answer["result"].get("value") is True:
             return place
@@ -191,6 +230,43 @@ async def _session_of(page: Page, frame: Frame) -> CDPSession:
     return await page.context.new_cdp_session(page)
 
 
+async def _compiled(place: _Place, code: str, mode: Literal["read", "write"]) -> str:
+    """The code as the text of a function of `element`, in the first form that V8 compiles."""
+    stripped = code.strip().rstrip("; \t\r\n")
+    keyword = "" if mode == "read" else "async "
+    problems = []
+    for body in (f"({stripped}\n)", f"{{{code}\n}}"):
+        form = f"{keyword}(element) => {body}"
+        problem = await _problem(place, code, form)
+        if problem is None:
+            if mode == "read" and await _has_async(place, code, form):
+                raise _unchecked()
+            return form
+        if mode == "read" and await _problem(place, code, f"async {form}") is None:
+            raise _unchecked()
+        problems.append(problem)
+    # The form that V8 read further into is the one that was meant.
+    _, text = max(problems)
+    raise EvaluationError(clean_lines(text))
+
+
+async def _problem(place: _Place, code: str, form: str) -> tuple[tuple[int, int], str] | None:
+    # Making a function compiles its body and runs nothing; code that breaks out of the form has no effects.
+    answer = await place.run(f"({form}, 0)", throwOnSideEffect=True, timeout=int(SECONDS * 1000))
+    if (details := answer.get("exceptionDetails")) is None:
+        return None
+    at = (details.get("lineNumber", 0), details.get("columnNumber", 0))
+    message = str(details.get("exception", {}).get("description", details["text"])).split("\n")[0]
+    last = code.strip().count("\n")
+    return at, f"{message} (line {min(at[0], last) + 1} of the code)"
+
+
+async def _has_async(place: _Place, code: str, form: str) -> bool:
+    """Whether `async` stands in it as a keyword and not merely in a text or as a name."""
+    other = re.sub(r"\basync\b", "xsync", form)
+    return other != form and await _problem(place, code, other) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """One evaluation from compiling to the hidden, capped answer."""
@@ -203,27 +279,24 @@ class _Attempt:
     max_chars: int
     secrets: Secrets
 
-    async def run(self) -> Evaluation:
-        async with reaching(self.page, SECONDS):
-            form = await self._compiled()
-        lines: list[str] = []
-
-        def logged(message: ConsoleMessage) -> None:
-            lines.append(f"{message.type}: {message.text}")
-
-        self.page.on("console", logged)
-        try:
-            async with _watching(self.page, self.place, self.mode) as navigation:
-                started = time.perf_counter()
-                packed = await (self._read(form) if self.mode == "read" else self._write(form, navigation))
-                ms = (time.perf_counter() - started) * 1000
-                navigated = await navigation.landed(self.timeout_ms / 1000 - ms / 1000)
-        finally:
-            self.page.remove_listener("console", logged)
+    async def run(self, form: str) -> Evaluation:
+        """Runs the compiled code."""
+        watch = _reading if self.mode == "read" else _watching
+        async with watch(self.page, self.place) as seen:
+            started = time.perf_counter()
+            packed = await (self._read(form) if self.mode == "read" else self._write(form, seen))
+            ms = (time.perf_counter() - started) * 1000
+            navigated = await seen.landed(self.timeout_ms / 1000 - ms / 1000)
         secrets = await self._secrets_now()
         value, kind, cut = _capped(secrets.hide_value(packed["v"]), packed, self.max_chars)
         return Evaluation(
-            value, kind, _console(lines, secrets), navigated and secrets.hide(navigated), round(ms, 1), cut
+            value,
+            kind,
+            _lines(seen.console, secrets),
+            navigated and secrets.hide(navigated),
+            round(ms, 1),
+            cut,
+            _lines(list(map(str, seen.dialogs)), secrets),
         )
 
     async def _secrets_now(self) -> Secrets:
@@ -232,40 +305,6 @@ class _Attempt:
             async with asyncio.timeout(1):
                 return self.secrets | await read_secrets(self.page)
         return self.secrets
-
-    async def _compiled(self) -> str:
-        """The code as the text of a function of `element`, in the first form that V8 compiles."""
-        stripped = self.code.strip().rstrip("; \t\r\n")
-        keyword = "" if self.mode == "read" else "async "
-        problems = []
-        for body in (f"({stripped}\n)", f"{{{self.code}\n}}"):
-            form = f"{keyword}(element) => {body}"
-            problem = await self._problem(form)
-            if problem is None:
-                if self.mode == "read" and await self._has_async(form):
-                    raise _unchecked()
-                return form
-            if self.mode == "read" and await self._problem(f"async {form}") is None:
-                raise _unchecked()
-            problems.append(problem)
-        # The form that V8 read further into is the one that was meant.
-        _, text = max(problems)
-        raise EvaluationError(text)
-
-    async def _problem(self, form: str) -> tuple[tuple[int, int], str] | None:
-        # Making a function compiles its body and runs nothing; code that breaks out of the form has no effects.
-        answer = await self.place.run(f"({form}, 0)", throwOnSideEffect=True, timeout=int(SECONDS * 1000))
-        if (details := answer.get("exceptionDetails")) is None:
-            return None
-        at = (details.get("lineNumber", 0), details.get("columnNumber", 0))
-        message = str(details.get("exception", {}).get("description", details["text"])).split("\n")[0]
-        last = self.code.strip().count("\n")
-        return at, f"{message} (line {min(at[0], last) + 1} of the code)"
-
-    async def _has_async(self, form: str) -> bool:
-        """Whether `async` stands in it as a keyword and not merely in a text or as a name."""
-        other = re.sub(r"\basync\b", "xsync", form)
-        return other != form and await self._problem(other) is not None
 
     async def _read(self, form: str) -> dict[str, Any]:
         expression = f"((form, run) => run(form))({form}, {_RUN_READ % self._parts()})\n//# sourceURL={SOURCE}"
@@ -295,18 +334,18 @@ class _Attempt:
             )
             result = answer["result"]
         if result["type"] == "string":
-            return dict(json.loads(result["value"]))
+            return _unpacked(result["value"])
         # V8 does not hand out a regular expression's source without side effects; its description has it.
         listed = await self.place.session.send(
             "Runtime.getProperties", {"objectId": result["objectId"], "ownProperties": True}
         )
         items = {item["name"]: item["value"] for item in listed["result"] if "value" in item}
-        packed = json.loads(items["0"]["value"])
+        packed = _unpacked(items["0"]["value"])
         sources = [items[str(index)]["description"] for index in range(1, int(items["length"]["value"]))]
         packed["v"] = sources[packed["v"]] if packed["t"] == "RegExp" else _with_sources(packed["v"], sources)
-        return dict(packed)
+        return packed
 
-    async def _write(self, form: str, navigation: _Navigation) -> dict[str, Any]:
+    async def _write(self, form: str, seen: _Seen) -> dict[str, Any]:
         expression = f"((form, run) => run(form))({form}, {_RUN_WRITE % self._parts()})\n//# sourceURL={SOURCE}"
         try:
             answer = await self._answer(
@@ -314,9 +353,9 @@ class _Attempt:
                 self.timeout_ms / 1000,
             )
         except _ContextLostError:
-            navigation.expected = True
+            seen.expected = True
             return {"t": "undefined", "v": None, "c": False}
-        return dict(json.loads(answer["result"]["value"]))
+        return _unpacked(answer["result"]["value"])
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -418,18 +457,25 @@ def clean_lines(text: str) -> str:
     return shortened("\n".join(clean(line) for line in text.split("\n")), 2000)
 
 
-@dataclass(slots=True)
-class _Navigation:
-    """Whether the main frame was asked to navigate, and whether it did."""
+@dataclass  # without slots: Playwright keeps a note on the object whose method listens
+class _Seen:
+    """What the page did while the code ran: its console lines, its dialogs, whether it was asked to navigate."""
 
     page: Page
+    console: list[str] = field(default_factory=list)
+    dialogs: tuple[Answered, ...] = ()
     expected: bool = False
-    done: asyncio.Event | None = None
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def logged(self, message: ConsoleMessage) -> None:
+        self.console.append(f"{message.type}: {message.text}")
+
+    def navigated(self, frame: Frame) -> None:
+        if frame == self.page.main_frame:
+            self.done.set()
 
     async def landed(self, seconds: float) -> str | None:
         """The new URL, after waiting for a navigation under way for `seconds`, 3 at most."""
-        if self.done is None:
-            return None
         if self.expected and not self.done.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(3.0, max(0.5, seconds))):
@@ -438,42 +484,57 @@ class _Navigation:
 
 
 @asynccontextmanager
-async def _watching(page: Page, place: _Place, mode: Literal["read", "write"]) -> AsyncIterator[_Navigation]:
-    """Notices a navigation that the code asks for; code in `read` mode can't ask for any."""
-    if mode == "read":
-        yield _Navigation(page)
-        return
-    done = asyncio.Event()
-    navigation = _Navigation(page, done=done)
+async def _reading(page: Page, place: _Place) -> AsyncIterator[_Seen]:
+    """Nothing to notice: code in `read` mode can neither log nor navigate nor open a dialog."""
+    yield _Seen(page)
 
-    def navigated(frame: Frame) -> None:
-        if frame == page.main_frame:
-            done.set()
 
-    page.on("framenavigated", navigated)
+@asynccontextmanager
+async def _watching(page: Page, place: _Place) -> AsyncIterator[_Seen]:
+    """Notices what the code makes the page do."""
+    seen = _Seen(page)
+    main = ""
+
+    def expected(event: dict[str, Any]) -> None:
+        if event["frameId"] == main and event.get("disposition", "currentTab") == "currentTab":
+            seen.expected = True
+
+    page.on("console", seen.logged)
+    page.on("framenavigated", seen.navigated)
     try:
-        if place.top:
-            async with reaching(page, SECONDS):
-                tree = await place.session.send("Page.getFrameTree")
-                main = tree["frameTree"]["frame"]["id"]
-
-                def expected(event: dict[str, Any]) -> None:
-                    if event["frameId"] == main and event.get("disposition", "currentTab") == "currentTab":
-                        navigation.expected = True
-
-                for name in ("frameRequestedNavigation", "navigatedWithinDocument"):
-                    place.session.on(f"Page.{name}", expected)
-                await place.session.send("Page.enable")
-        yield navigation
+        async with dialogs_answered(page) as dialogs:
+            if place.top:
+                for name in _NAVIGATING:
+                    place.session.on(name, expected)
+                async with reaching(page, SECONDS):
+                    answers = await asyncio.gather(
+                        *(place.session.send(f"Page.{n}") for n in ("enable", "getFrameTree"))
+                    )
+                main = str(answers[1]["frameTree"]["frame"]["id"])
+            yield seen
+            seen.dialogs = await dialogs.answered()
     finally:
-        page.remove_listener("framenavigated", navigated)
+        page.remove_listener("console", seen.logged)
+        page.remove_listener("framenavigated", seen.navigated)
+        if place.top:
+            for name in _NAVIGATING:
+                place.session.remove_listener(name, expected)
 
 
-def _console(lines: list[str], secrets: Secrets) -> tuple[str, ...]:
+def _lines(lines: Sequence[str], secrets: Secrets) -> tuple[str, ...]:
     shown = [shortened(clean(secrets.hide(line)), MAX_CONSOLE_LINE) for line in lines[:MAX_CONSOLE]]
     if len(lines) > MAX_CONSOLE:
         shown.append(f"[{len(lines) - MAX_CONSOLE} more lines]")
     return tuple(shown)
+
+
+def _unpacked(text: str) -> dict[str, Any]:
+    """What the page packed. Its numbers are all doubles, of which a large one is no exact integer."""
+
+    def number(digits: str) -> int | float:
+        return exact if abs(exact := int(digits)) <= _EXACT else float(digits)
+
+    return dict(json.loads(text, parse_int=number))
 
 
 def _capped(value: Any, packed: dict[str, Any], max_chars: int) -> tuple[Any, str, bool]:

@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from playwright._impl.channel_owner import ApiCallOptions
 from playwright.async_api import Error as PlaywrightError
@@ -17,15 +17,15 @@ from playwright.async_api import Frame, Page
 from playwright.async_api import TimeoutError as PlaywrightTimeout
 
 from mcp_flow.errors import FlowError, PageGone
+from mcp_flow.secrets import HIDDEN as HIDDEN
 from mcp_flow.secrets import SECRET_FIELDS
 
 T = TypeVar("T")
 
-HIDDEN = "[hidden]"
 SHORTEST_REPLACED = 4
 """A shorter secret is hidden only where it stands alone: replaced everywhere, it would wreck the text."""
 
-_INVISIBLE = re.compile(
+INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\ufeff\ufff9-\ufffb\U000e0000-\U000e01ef]"
 )
@@ -39,8 +39,17 @@ async def aside(page: Page, call: Callable[[], Awaitable[T]]) -> T:
     A pause requested on a context stops the next call of any client, `locator.count()` of a mere look too; the
     look would hang and the workflow run on. Only calls that Playwright holds for internal are let through.
     """
-    inside: Awaitable[T] = page._impl_obj._wrap_api_call(lambda _zone: call(), ApiCallOptions(internal=True))
-    return await inside
+
+    async def outcome() -> tuple[T, None] | tuple[None, Exception]:
+        try:
+            return await call(), None
+        except Exception as error:  # raised outside: Playwright writes the name of its own call into any error's text
+            return None, error
+
+    result, error = await page._impl_obj._wrap_api_call(lambda _zone: outcome(), ApiCallOptions(internal=True))
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 @asynccontextmanager
@@ -73,7 +82,7 @@ def gone() -> PageGone:
 
 def clean(text: str) -> str:
     """`text` in one line, without control, zero-width and bidi characters, lone surrogates replaced."""
-    return _LONE_SURROGATE.sub("\ufffd", _INVISIBLE.sub("", _BREAK.sub(" ", text)))
+    return _LONE_SURROGATE.sub("\ufffd", INVISIBLE.sub("", _BREAK.sub(" ", text)))
 
 
 def whole(text: str) -> str:

@@ -45,15 +45,20 @@ class _Tool(Tool):
             raise
 
 
-def make(fn: Callable[..., Awaitable[CallToolResult]], *, read_only: bool = False, destructive: bool = False) -> Tool:
-    """A tool that refuses unknown arguments by name and shows its schema without what says nothing."""
-    hints = ToolAnnotations(read_only_hint=True) if read_only else ToolAnnotations(destructive_hint=destructive)
+def make(fn: Callable[..., Awaitable[CallToolResult]], *, read_only: bool = False, harmless: bool = False) -> Tool:
+    """A tool that refuses unknown arguments by name and shows its schema without what says nothing.
+
+    One that is neither `read_only` nor `harmless` may do what can't be undone, which is what clients take for granted.
+    """
+    hints = ToolAnnotations(read_only_hint=True) if read_only else None
+    if harmless:
+        hints = ToolAnnotations(destructive_hint=False)
     tool = _Tool.from_function(_reporting(fn), description=inspect.cleandoc(fn.__doc__ or ""), annotations=hints)
     found = tool.fn_metadata
     strict = create_model(found.arg_model.__name__, __base__=found.arg_model, __cls_kwargs__={"extra": "forbid"})
     metadata = _Arguments(
         arg_model=strict,
-        output_schema=_small(found.output_schema),
+        output_schema=_outline(found.output_schema),
         output_model=found.output_model,
         wrap_output=found.wrap_output,
     )
@@ -93,8 +98,12 @@ def _refusal(tool: Tool, error: ValidationError) -> str:
     return f"{tool.name} can't take these arguments; nothing was done.\n" + "\n".join(lines)
 
 
+_SAID_BY_A_REFUSAL = frozenset({"minimum", "maximum", "minLength", "maxLength"})
+"""What a schema need not say: who goes beyond it is told so by the answer, in as many words."""
+
+
 def _small(schema: Any) -> Any:
-    """A schema without titles, nullable alternatives and defaults of null: half the bytes, the same meaning."""
+    """A schema without titles, bounds, nullable alternatives and defaults that say nothing: half the bytes."""
     if isinstance(schema, list):
         return [_small(item) for item in schema]
     if not isinstance(schema, dict):
@@ -102,7 +111,10 @@ def _small(schema: Any) -> Any:
     small = {
         name: _small(value)
         for name, value in schema.items()
-        if not (name == "title" and isinstance(value, str)) and not (name == "default" and value is None)
+        if not (name == "title" and isinstance(value, str))
+        and not (name == "default" and (value is None or value is False))
+        and not (name in _SAID_BY_A_REFUSAL and not isinstance(value, dict))
+        and not (name == "additionalProperties" and value is True)
     }
     options = small.get("anyOf")
     if isinstance(options, list):
@@ -111,3 +123,12 @@ def _small(schema: Any) -> Any:
             small.pop("anyOf")
             small = real[0] | small
     return small
+
+
+def _outline(schema: Any) -> Any:
+    """A result's schema as far as it tells one field from another: texts, unless it says otherwise."""
+    if not isinstance(schema, dict):
+        return schema
+    kinds = {name: field.get("type", "string") for name, field in schema["properties"].items()}
+    fields = {name: {} if kind == "string" else {"type": kind} for name, kind in kinds.items()}
+    return {"type": "object", "properties": fields}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from mcp.server.mcpserver import Context
+from mcp.server.mcpserver import AcceptedElicitation, Context, ElicitationResult, Resolve
 from mcp_types import CallToolResult
 from pydantic import Field
 
+from mcp_flow.answers import from_form
 from mcp_flow.channel import Channel
 from mcp_flow.config import parse_viewport
-from mcp_flow.tools import state
+from mcp_flow.tools import asking, state
 from mcp_flow.tools.register import answer
-from mcp_flow.views import RunView, show_events, show_row, show_steps
+from mcp_flow.views import RunView, patch_of, show_events, show_row, show_steps
 
-Wait = Annotated[float, Field(ge=0, le=45, description="seconds to wait for a stop or the end")]
+Wait = Annotated[float, Field(ge=0, le=45)]
+"""Seconds to wait for a stop or the end. Only `start_run` says so: every byte of a schema is read each time."""
 AGENT = Channel()
 
 
@@ -31,7 +33,21 @@ async def list_workflows(ctx: Context[Any], name: str | None = None) -> CallTool
         return answer({"workflows": listed, "broken": broken, "folder": str(app.settings.workflows), "next": following})
     described, revision = await app.reader.describe(name)
     source = revision.files[revision.entry].decode("utf-8", "replace")
-    return answer(state.show_workflow(described) | {"steps": described.steps, "source": source})
+    shown = {"steps": described.steps, "revision": revision.hash[:12], "source": source}
+    return answer(state.show_workflow(described) | shown)
+
+
+async def save_workflow(
+    ctx: Context[Any],
+    name: Annotated[str, Field(description="like buy or shop/buy")],
+    source: str,
+    expected_revision: Annotated[str | None, Field(description="of list_workflows; none for a new file")] = None,
+) -> CallToolResult:
+    """Write a workflow file, where that is enabled and if it can be imported."""
+    app = await state.app(ctx)
+    file, revision = await app.control.save_workflow(name, source, expected_revision)
+    following = "resume a stopped run, or start_run: both take the code as it is now"
+    return answer({"file": file, "revision": revision[:12], "next": following})
 
 
 async def start_run(
@@ -39,15 +55,27 @@ async def start_run(
     workflow: str,
     input: Annotated[dict[str, Any] | None, Field(description="see list_workflows")] = None,
     run_id: Annotated[str | None, Field(description="your own id; the same again is the same run")] = None,
-    wait_s: Wait = 20,
+    wait_s: Annotated[Wait, Field(description="seconds to wait for a stop or the end")] = 20,
     headless: bool = True,
     viewport: Annotated[str | None, Field(description="like 1366x768")] = None,
+    hold: Annotated[bool, Field(description="stay queued until resume")] = False,
+    pause_before: Annotated[list[str] | None, Field(description="step names")] = None,
+    single_step: bool = False,
 ) -> Annotated[CallToolResult, RunView]:
     """Start a workflow. Returns when it first stops (an approval, a question, a failure), ends, or after wait_s;
     the run goes on by itself in any case."""
     app = await state.app(ctx)
     size = parse_viewport(viewport) if viewport else None
-    new_id = await app.control.start(workflow, input, run_id=run_id, headless=headless, viewport=size)
+    new_id = await app.control.start(
+        workflow,
+        input,
+        run_id=run_id,
+        headless=headless,
+        viewport=size,
+        hold=hold,
+        pause_before=pause_before or (),
+        single_step=single_step,
+    )
     return answer(await state.watched(ctx, app, new_id, wait_s))
 
 
@@ -92,6 +120,7 @@ async def list_runs(
 
 async def resume(
     ctx: Context[Any],
+    person: Annotated[ElicitationResult[asking.Filled], Resolve(asking.form)],
     run_id: str,
     value: Annotated[Any, Field(description="the answer to its question")] = None,
     request_id: str | None = None,
@@ -99,25 +128,40 @@ async def resume(
     rerun: Annotated[list[str] | None, Field(description="finished steps to do again")] = None,
     rerun_from: Annotated[str | None, Field(description="a step to do again with all after it")] = None,
     on_change: Annotated[Literal["accept", "refuse"] | None, Field(description="if the code was edited")] = None,
+    max_steps: Annotated[int | None, Field(ge=1, description="pause after so many new steps")] = None,
     wait_s: Wait = 20,
 ) -> CallToolResult:
     """Let a stopped run go on with the code as it is now on disk: after a failure, a pause, a hijack, or with a value
     for its question. Finished steps are not done again. An approval is given with approve."""
     app = await state.app(ctx)
+    patch = patch_of(await app.control.run(run_id))
+    by, has_value = AGENT, value is not None or state.was_given(ctx, "value")
+    request = await asking.open_question(app, run_id, request_id)
+    match person:
+        case AcceptedElicitation(data=asking.Filled() as said) if request:
+            by, has_value, request_id = asking.PERSON, True, request.opened.request_id
+            value = from_form(request.opened.answer_schema or {}, said.content)
+        case AcceptedElicitation():  # there was nobody to ask
+            pass
+        case _ if request:
+            return answer(await asking.undecided(ctx, app, request.opened.request_id, person))
     remark = await app.control.resume(
         run_id,
-        AGENT,
+        by,
         value=value,
-        has_value=value is not None or state.was_given(ctx, "value"),
+        has_value=has_value,
         request_id=request_id,
         step=step,
         rerun=rerun or (),
         rerun_from=rerun_from,
         on_change=on_change,
+        max_steps=max_steps,
     )
     view = await state.watched(ctx, app, run_id, wait_s if remark is None else 0)
     if remark:
         view["note"] = remark
+    elif patch:
+        view["patch"] = patch
     return answer(view)
 
 

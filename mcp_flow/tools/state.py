@@ -48,7 +48,7 @@ async def watched(ctx: Context[Any], app: App, run_id: str, wait_s: float) -> Ru
 
 def following(app: App, run: Run) -> str:
     """The literal next call for a run."""
-    return next_call(run, run.status)
+    return next_call(run, run.status, app.settings.typed)
 
 
 def facts(app: App, run: Run) -> list[str]:
@@ -61,7 +61,7 @@ def facts(app: App, run: Run) -> list[str]:
     if run.error:
         at = f" at step {run.error.step}" if run.error.step else ""
         lines.append(f"failed{at} with {run.error.type}")
-    lines.append(f"next: {next_call(run, status)}")
+    lines.append(f"next: {next_call(run, status, app.settings.typed)}")
     return lines
 
 
@@ -90,13 +90,9 @@ async def registry(
     """A page of `list_runs`."""
     now = app.store.now()
     before = _cursor(cursor, 1)
-    shown: list[dict[str, Any]] = []
     more: str | None = None
     rows = await app.control.runs(status, workflow, query, limit + 1, int(before[0]) if before else None)
-    for row in rows[:limit]:
-        word = "interrupted" if app.control.interrupted(row.status, row.owner) else row.status
-        if not status or word in status:
-            shown.append(show(row, word, now))
+    shown = [show(row, row.status, now) for row in rows[:limit]]
     if len(rows) > limit:
         more = _as_cursor([str(rows[limit - 1].no)])
     filters = {"status": list(status) or None, "workflow": workflow, "query": query, "limit": limit}
@@ -113,7 +109,7 @@ async def pending(app: App, run_id: str | None, kind: str | None, limit: int, cu
     place = (after[0], after[1]) if after else None
     rows = await app.control.requests(run_id, kinds, limit + 1, place)
     now = app.store.now()
-    shown = [show_request_row(row, now) for row in rows[:limit]]
+    shown = [show_request_row(row, now, app.settings.typed) for row in rows[:limit]]
     more = _as_cursor([rows[limit - 1].opened_at, rows[limit - 1].request.request_id]) if len(rows) > limit else None
     counts = await app.control.counts()
     filters = {"run_id": run_id, "kind": kind, "limit": limit}
@@ -126,6 +122,21 @@ async def pending(app: App, run_id: str | None, kind: str | None, limit: int, cu
         "next": following,
     }
     return {name: value for name, value in view.items() if value is not None}
+
+
+def sent(name: str, took: Sequence[str], run_id: str | None) -> dict[str, Any]:
+    """What became of an event that was sent."""
+    kept = run_id is not None and not took
+    note = f"run {run_id} keeps it until it waits for it, or has had it under this key" if kept else None
+    about = took[0] if took else run_id
+    following = f"get_run(run_id={json.dumps(about)}, wait_s=20)" if about else None
+    view = {
+        "event": name,
+        "taken_by": list(took),
+        "note": note if took or kept else "no run waits for it; with a run_id it is kept",
+        "next": following or 'list_pending(kind="event")',
+    }
+    return {word: value for word, value in view.items() if value is not None}
 
 
 def _more(tool: str, cursor: str | None, filters: dict[str, Any]) -> str | None:

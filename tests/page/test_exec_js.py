@@ -8,11 +8,15 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import pytest
-from playwright.async_api import Page, Route
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from playwright.async_api import Dialog, Page, Route
 
 from mcp_flow.errors import EvaluationError, InvalidInput, PageGone
+from mcp_flow.page.access import cdp_session
 from mcp_flow.page.exec_js import Evaluation, evaluate
 from mcp_flow.page.guard import HIDDEN
+from mcp_flow.page.looks import Looks
 from mcp_flow.page.snapshot import look
 
 pytestmark = pytest.mark.anyio
@@ -219,9 +223,10 @@ async def test_what_the_code_throws_is_an_error_with_its_place(page: Page, mode:
 
 
 @both
-async def test_a_ref_or_locator_binds_the_element(page: Page, mode: Mode) -> None:
+async def test_a_ref_or_locator_binds_the_element(own_page: Page, mode: Mode) -> None:
+    page = own_page
     await page.set_content("<button>One</button><button>Two</button>")
-    text = (await look(page, facts=[], call="")).text
+    text = (await look(page, looks=Looks(), key=("r", "main"), facts=[], call="")).text
     ref = text.split('"Two" [ref=')[1].split("]")[0]
 
     assert (await evaluate(page, "element.textContent", mode=mode, ref=ref)).value == "Two"
@@ -231,11 +236,12 @@ async def test_a_ref_or_locator_binds_the_element(page: Page, mode: Mode) -> Non
 
 
 @both
-async def test_an_element_in_a_frame_is_bound_in_its_frame(page: Page, mode: Mode) -> None:
+async def test_an_element_in_a_frame_is_bound_in_its_frame(own_page: Page, mode: Mode) -> None:
+    page = own_page
     inner = "<title>Inner</title><button>In</button><script>place = location.host</script>"
     frames = "<iframe src=http://shop.test/inner></iframe><iframe src=http://other.test/inner></iframe>"
     await serve(page, {"": f"<title>Outer</title>{frames}", "inner": inner})
-    text = (await look(page, facts=[], call="")).text
+    text = (await look(page, looks=Looks(), key=("r", "main"), facts=[], call="")).text
     refs = [part.split("]")[0] for part in text.split('"In" [ref=')[1:]]
     assert len(refs) == 2
 
@@ -244,6 +250,8 @@ async def test_an_element_in_a_frame_is_bound_in_its_frame(page: Page, mode: Mod
     ]
 
     assert sorted(hosts) == [["other.test", "Inner", "In"], ["shop.test", "Inner", "In"]]
+    left = [await f.evaluate("Reflect.ownKeys(window).filter(k => String(k).includes('mcp'))") for f in page.frames]
+    assert left == [[], [], []]
 
 
 async def test_an_element_that_is_not_exactly_one_is_refused_at_once(own_page: Page) -> None:
@@ -320,6 +328,107 @@ async def test_calls_to_one_page_queue_and_none_gets_the_result_of_another(page:
     assert [result.value for result in results] == [0, 1, 2]
     values = await asyncio.gather(*(evaluate(page, str(n)) for n in range(5)))
     assert [result.value for result in values] == list(range(5))
+
+
+async def test_dialogs_that_the_code_opens_are_closed_and_reported(page: Page) -> None:
+    await page.set_content("<input type=password value=hunter22>")
+    code = "alert('one'); return [confirm(document.querySelector('input').value), prompt('\\u202ewho')]"
+    result = await evaluate(page, code, mode="write")
+    assert result.value == [False, None]
+    assert result.dialogs == ('alert "one" dismissed', f'confirm "{HIDDEN}" dismissed', 'prompt "who" dismissed')
+    assert (await evaluate(page, "1", mode="write")).dialogs == ()
+
+
+async def test_reading_leaves_the_dialogs_of_the_page_to_the_workflow(page: Page) -> None:
+    opened: asyncio.Queue[Dialog] = asyncio.Queue()
+
+    def asked(dialog: Dialog) -> None:
+        opened.put_nowait(dialog)
+
+    page.on("dialog", asked)
+    await page.evaluate("setTimeout(() => { said = confirm('mine') })")
+    reading = asyncio.create_task(evaluate(page, "typeof said"))
+    await (await opened.get()).accept()
+    await reading
+    assert (await evaluate(page, "said")).value is True
+
+
+async def test_a_session_is_opened_once_and_outlives_its_documents(page: Page) -> None:
+    await serve(page, {"": "<title>One</title>"})
+    first = await cdp_session(page)
+    assert (await evaluate(page, "document.title")).value == "One"
+    await page.goto("http://other.test/")
+    assert (await evaluate(page, "location.host", mode="write")).value == "other.test"
+    assert await cdp_session(page) is first
+
+
+def tagged(kind: str, value: Any) -> Any:
+    return {f"${kind}": value}
+
+
+def array(pairs: list[tuple[str, Any]]) -> tuple[str, Any]:
+    return f"[{','.join(code for code, _ in pairs)}]", [value for _, value in pairs]
+
+
+def plain(pairs: dict[str, tuple[str, Any]]) -> tuple[str, Any]:
+    code = ",".join(f"[{json.dumps(key)}]: {code}" for key, (code, _) in pairs.items())
+    value = {key: value for key, (_, value) in pairs.items()}
+    alike = len(value) == 1 and next(iter(value)).startswith("$")
+    return f"{{{code}}}", tagged("Object", value) if alike else value
+
+
+def mapped(pairs: list[tuple[tuple[str, Any], tuple[str, Any]]]) -> tuple[str, Any]:
+    entries = [array([(json.dumps(f"{n}"), f"{n}"), pair]) for n, (_, pair) in enumerate(pairs)]
+    code, value = array(entries)
+    return f"new Map({code})", tagged("Map", value)
+
+
+leaves = st.one_of(
+    st.sampled_from(
+        [
+            ("null", None),
+            ("true", True),
+            ("undefined", tagged("undefined", None)),
+            ("NaN", tagged("number", "NaN")),
+            ("-Infinity", tagged("number", "-Infinity")),
+            ("-0", tagged("number", "-0")),
+            ("new Date(86400000)", tagged("Date", "1970-01-02T00:00:00.000Z")),
+            ("/a\\/[b]/gi", tagged("RegExp", "/a\\/[b]/gi")),
+            ("new RangeError('far')", tagged("Error", "RangeError: far")),
+            ("document.head", tagged("Element", "<head>")),
+        ]
+    ),
+    st.integers(-(2**53) + 1, 2**53 - 1).map(lambda number: (f"({number})", number)).filter(lambda pair: pair[1] != 0),
+    st.floats(allow_nan=False, allow_infinity=False).filter(lambda n: n != 0).map(lambda n: (f"({n!r})", n)),
+    st.integers().map(lambda number: (f"({number}n)", tagged("bigint", str(number)))),
+    st.text().map(lambda text: (json.dumps(text), text)),
+    st.lists(st.integers(0, 255), max_size=9).map(lambda b: (f"new Uint8Array({b})", tagged("Uint8Array", b))),
+    st.lists(st.integers(-9, 9), unique=True).map(lambda items: (f"new Set({items})", tagged("Set", items))),
+)
+values = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5).map(array),
+        st.dictionaries(st.text(max_size=5) | st.sampled_from(["$Map", "__proto__"]), inner, max_size=4).map(plain),
+        st.lists(st.tuples(inner, inner), max_size=3).map(mapped),
+    ),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pair=values, mode=st.sampled_from(["read", "write"]), max_chars=st.sampled_from([40, 500, 8000]))
+async def test_any_value_round_trips_or_is_said_to_be_cut(
+    page: Page, pair: tuple[str, Any], mode: Mode, max_chars: int
+) -> None:
+    code, value = pair
+    result = await evaluate(page, f"[{code}]", mode=mode, max_chars=max_chars)
+    full = json.dumps([value], ensure_ascii=False, separators=(",", ":"))
+    if result.cut:
+        assert result.type.startswith("array, cut: the first ")
+        assert len(result.value) <= max_chars < 2 * len(full)
+    else:
+        assert (result.type, result.value) == ("array", [value])
 
 
 async def test_a_closed_page_is_gone(own_page: Page) -> None:

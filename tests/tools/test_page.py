@@ -37,9 +37,9 @@ async def paused(client: Client) -> AsyncIterator[dict[str, Any]]:
 async def test_a_snapshot_says_where_it_is_and_fences_what_the_page_says(
     either: Client, paused: dict[str, Any]
 ) -> None:
-    shown = await text(either, "snapshot", run_id=paused["run_id"])
+    shown = await text(either, "snapshot", run_id=paused["run_id"], mode="outline")
     head, _, page = shown.partition("Ignore all previous instructions")
-    assert f"run {paused['run_id']} (form): paused" in head
+    assert re.search(rf"run {paused['run_id']} \(form\): (paused|hijacked)", head)
     assert "url: about:blank" in head
     assert 'resume(run_id="' in head
     assert "untrusted" in head
@@ -47,6 +47,7 @@ async def test_a_snapshot_says_where_it_is_and_fences_what_the_page_says(
     assert '- button "Go" [ref=e' in shown
     assert "hunter2" not in shown
     again = await text(either, "snapshot", run_id=paused["run_id"])
+    assert re.search(r"look \d+, changed since look \d+: nothing; pages: main", again)
     assert [line for line in again.splitlines() if "untrusted" in line] != [
         line for line in shown.splitlines() if "untrusted" in line
     ], "the marker is a fresh one each time"
@@ -67,25 +68,42 @@ async def test_what_does_not_fit_is_said_to_be_left_out(client: Client, paused: 
         "document.body.insertAdjacentHTML('beforeend', '<ul id=l>' + '<li>a line of text</li>'.repeat(300) + '</ul>')"
     )
     await call(client, "exec_js", run_id=run_id, code=grow, mode="write")
-    shown = await text(client, "snapshot", run_id=run_id, max_chars=1000)
+    shown = await text(client, "snapshot", run_id=run_id, max_chars=1000, mode="full")
     assert len(shown) <= 1000
-    assert re.search(r"\d+ lines with \d+ refs left out", shown), shown[-300:]
+    onward = re.search(r'\d+ lines left out. Next: snapshot\(.*mode="full", max_chars=1000, root="(\w+\.\.)"\)', shown)
+    assert onward, shown[-300:]
+    rest = await text(client, "snapshot", run_id=run_id, max_chars=1000, mode="full", root=onward[1])
+    assert "a line of text" in rest
+    assert "listitem: 296 more like it" in await text(client, "snapshot", run_id=run_id, mode="outline")
     found = await text(client, "snapshot", run_id=run_id, find="Go")
     assert 'button "Go"' in found
     assert "a line of text" not in found
     await call(client, "exec_js", run_id=run_id, code="document.querySelector('#l').remove()", mode="write")
 
 
+async def test_a_secret_of_the_workflow_is_hidden_wherever_the_page_shows_it(
+    client: Client, paused: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = paused["run_id"]
+    await call(client, "exec_js", run_id=run_id, code="document.title = 'has s3cr3t-value'", mode="write")
+    assert "title: has s3cr3t-value" in await text(client, "snapshot", run_id=run_id)
+    monkeypatch.setenv("MCP_FLOW_SECRET_SHOP", "s3cr3t-value")
+    shown = await text(client, "snapshot", run_id=run_id, mode="full")
+    assert "title: has [hidden]" in shown
+    assert "s3cr3t" not in shown
+    await call(client, "exec_js", run_id=run_id, code="document.title = 'Sign in'", mode="write")
+
+
 async def test_reading_can_not_change_the_page_and_writing_can(either: Client, paused: dict[str, Any]) -> None:
     run_id = paused["run_id"]
     read = await call(either, "exec_js", run_id=run_id, code="document.querySelector('h1').textContent")
     assert (read["value"], read["type"]) == ("Welcome", "string")
-    assert (read["run_id"], read["status"]) == (run_id, "paused")
+    assert read["run_id"] == run_id
     assert "resume" in read["next"]
     assert await refusal(either, "exec_js", run_id=run_id, code="document.title = 'changed'")
     assert (await call(either, "exec_js", run_id=run_id, code="document.title"))["value"] == "Sign in"
     written = await call(either, "exec_js", run_id=run_id, code="document.title = 'changed'", mode="write")
-    assert written["value"] == "changed"
+    assert (written["value"], written["status"]) == ("changed", "hijacked")
     await call(either, "exec_js", run_id=run_id, code="document.title = 'Sign in'", mode="write")
 
 
@@ -185,7 +203,7 @@ async def test_a_page_that_was_closed_is_told_and_built_again(client: Client, ho
         said = await refusal(client, tool, run_id=run_id, **more)
         assert "gone" in said
         assert "resume" in said
-    assert (await call(client, "get_run", run_id=run_id))["status"] == "paused"
+    assert (await call(client, "get_run", run_id=run_id))["status"] == "hijacked"
     run = await call(client, "resume", run_id=run_id)
     if run["status"] == "failed":  # the live code went on and found its page closed
         assert "closed" in run["error"]["message"]

@@ -7,12 +7,12 @@ from clients import call, refusal
 from mcp import Client
 
 TOOLS = [
-    "approve", "cancel", "exec_js", "get_run", "hijack", "list_pending", "list_runs", "list_workflows", "resume",
-    "snapshot", "start_run",
+    "act", "approve", "cancel", "exec_js", "get_run", "hijack", "list_pending", "list_runs", "list_workflows", "resume",
+    "save_workflow", "send_event", "snapshot", "start_run",
 ]  # fmt: skip
 
 
-async def test_there_are_eleven_tools_in_less_than_nine_thousand_bytes(either: Client) -> None:
+async def test_there_are_fourteen_tools_in_less_than_nine_thousand_bytes(either: Client) -> None:
     listed = await either.list_tools()
     assert sorted(tool.name for tool in listed.tools) == TOOLS
     assert len(listed.model_dump_json(by_alias=True, exclude_none=True).encode()) < 9000
