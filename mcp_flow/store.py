@@ -364,9 +364,9 @@ class _Connection:
         if not os.access(self._path, os.W_OK):
             # SQLite opens it all the same, and says so at the first write only.
             raise sqlite3.OperationalError("attempt to write a readonly database")
-        conn = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        # Who has locked it now is no process of ours, which would hold the lock that we have: that is said at once.
+        conn = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=0.2)
         try:
-            conn.execute(f"PRAGMA busy_timeout = {BUSY}")
             version = conn.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise StoreError(_too_new(version))
@@ -384,6 +384,7 @@ class _Connection:
                 conn.execute("COMMIT")
             left = conn.execute("SELECT 1 FROM secret_answers WHERE ref = '' LIMIT 1").fetchone()
             self.log_holds_secrets = left is not None
+            conn.execute(f"PRAGMA busy_timeout = {BUSY}")
             self._empty_log()
         except BaseException:
             conn.close()

@@ -87,7 +87,7 @@ async def test_a_task_with_a_scope_of_its_own_counts_for_itself() -> None:
 
 
 async def test_inside_a_step_the_outer_name_is_in_the_refusal() -> None:
-    with scope.inside_step("outer"), pytest.raises(NestedStep, match=r"flow\.page.*'outer'"):
+    with scope.inside_step("outer", "outer#1"), pytest.raises(NestedStep, match=r"flow\.page.*'outer'"):
         scope.refuse_nesting("flow.page()")
     scope.refuse_nesting("flow.page()")
 

@@ -133,7 +133,7 @@ class Pipes:
 async def test_a_client_of_either_era_connects_and_brings_a_run_to_its_end(home: Settings, mode: str) -> None:
     async with Client(parameters(home), mode=mode) as client:
         assert client.server_info is None or client.server_info.name == "mcp-flow"
-        assert len((await client.list_tools()).tools) == 11
+        assert len((await client.list_tools()).tools) == 14
         run = await call(client, "start_run", workflow="talks")
         assert run["status"] == "waiting-approval"
         run = await call(client, "approve", request_id=run["pending"][0]["request_id"])
