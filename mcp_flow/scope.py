@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import weakref
+from collections.abc import Callable
 from contextvars import ContextVar, Token
+from typing import Any
 
 from mcp_flow.errors import NestedStep, StepError, StepNameTaken
 
@@ -22,13 +25,13 @@ class Scope:
 
     def __init__(self, path: str = "") -> None:
         self._path = path
-        self._owner = asyncio.current_task()
+        self._owner = _this_task()
         self._counts: dict[str, int] = {}
         self._elsewhere: dict[str, str] = {}
         self._token: Token[Scope] | None = None
 
     def __enter__(self) -> Scope:
-        self._owner = asyncio.current_task()
+        self._owner = _this_task()
         self._token = _current.set(self)
         return self
 
@@ -53,7 +56,7 @@ class Scope:
 
     def _count(self, name: str) -> int:
         task = asyncio.current_task()
-        if task is self._owner and name not in self._elsewhere:
+        if task is self._owner() and name not in self._elsewhere:
             self._counts[name] = self._counts.get(name, 0) + 1
             return self._counts[name]
         if name in self._counts or name in self._elsewhere:
@@ -63,6 +66,12 @@ class Scope:
             )
         self._elsewhere[name] = task.get_name() if task else ""
         return 1
+
+
+def _this_task() -> Callable[[], asyncio.Task[Any] | None]:
+    """The calling task, by a weak reference: scopes live on in the contexts of whatever was begun within them."""
+    task = asyncio.current_task()
+    return (lambda: None) if task is None else weakref.ref(task)
 
 
 def current() -> Scope:

@@ -116,7 +116,7 @@ async def test_runs_that_wait_or_failed_are_parked_without_a_worker_or_a_page_an
         await parked(house, run_id)
     await until_left(house.work())
     with anyio.fail_after(10):
-        while attempts(house):
+        while len(attempts(house)) > 1:  # the last cancellation's traceback may keep its frames, and no other
             await house.bell.next_ring(0.05)
     assert await contexts(driver, house) == 0
     async with Client(build(house.settings)) as client:
