@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).parent.parent / "bench" / "run.py"
-NAMES = ("steps", "replay", "concurrent", "initialize", "page", "commands")
+NAMES = ("steps", "replay", "concurrent", "answers", "timers", "pending", "initialize", "page", "commands")
 ROWS = (
     "durable step, 200 in sequence",
     "last tenth of them against the first",

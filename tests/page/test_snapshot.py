@@ -40,9 +40,9 @@ def see(page: Page) -> Eyes:
     return Eyes(page)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 async def shared(browser: Browser) -> AsyncIterator[Page]:
-    """One page for all the examples of a property."""
+    """One page for all the examples of a property, but for no other: its log outlives its documents."""
     context = await browser.new_context(viewport={"width": 800, "height": 600})
     yield await context.new_page()
     await context.close()
