@@ -80,6 +80,16 @@ class App:
             return
         raise gone
 
+    async def explain(self, run: Run, message: str) -> str | None:
+        """Why a page of the run did not reach the net, where Playwright's message says no more than that."""
+        from mcp_flow.browser import host as hosts
+        from mcp_flow.browser import proxy
+
+        for host in hosts.living(self.settings):
+            if why := await proxy.explain(host.endpoint, run.run_id, message):
+                return why
+        return None
+
     async def secrets_of(self, run: Run) -> dict[str, str]:
         """What nobody is shown of a run, by name: the home folder's secrets, and those that the run was answered."""
         return self.secrets.values() | await self.store.secret_answers(run.run_id)

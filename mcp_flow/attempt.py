@@ -193,6 +193,7 @@ class Attempt:
         await self._decide(plan)
 
     async def _fail(self, error: BaseException) -> None:
+        await self.pages.explain(error)
         failure = describe(error, None, self._source_line, self._secrets.mask)
         await self._settle_pages(self.settings.grace)
         artifacts = await self._keep_evidence(f"failure-{self.run.attempt}")
@@ -436,6 +437,7 @@ class Attempt:
                 # No end of the step is journaled: it did not fail, it was interrupted.
                 self._lose(what)
                 raise asyncio.CancelledError("the page was lost") from error
+            await self.pages.explain(error)
             effect_free = isinstance(error, Retriable)
             again = started.number <= options.retries and (not options.once or effect_free)
             retry_in = seconds_before_next(options.backoff, started.number) if again else None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mcp_flow import rails
 from mcp_flow.errors import FlowError, InvalidId, InvalidInput
 
 DEFAULT_HOME = ".mcp-flow"
@@ -55,6 +56,12 @@ class Settings:
     """Whether clients may write workflow files."""
     exec_js: Literal["write", "read", "off"] = "write"
     """What code from clients may do in a page."""
+    allow_origins: tuple[str, ...] = ()
+    """What pages may reach, private addresses among it; with none every public origin."""
+    block_origins: tuple[str, ...] = ()
+    """What no page may reach."""
+    files: Path | None = None
+    """A folder whose files `act` may upload, besides the run's own."""
 
     @property
     def database(self) -> Path:
@@ -73,6 +80,15 @@ class Settings:
         root = Path(base) if base and os.access(base, os.W_OK) else Path(tempfile.gettempdir())
         name = hashlib.sha256(str(self.home).encode()).hexdigest()[:12]
         return root / f"mcp-flow-{os.getuid()}" / name
+
+    @property
+    def rails(self) -> rails.Rails:
+        """What the pages of every run may reach."""
+        return rails.Rails.of(self.allow_origins, self.block_origins)
+
+    def upload_folders(self, run_id: str) -> list[Path]:
+        """The folders from which `act` may upload files to a page of this run."""
+        return [self.run_folder(run_id), *([self.files] if self.files else [])]
 
     def typed(self, command: str) -> str:
         """`command` as a person types it in a terminal; with the home folder, unless it is the one that is found."""
@@ -161,6 +177,10 @@ def _parse(name: str, value: Any, source: str) -> Any:
     match name:
         case "home" | "workflows":
             return Path(value)
+        case "files":
+            return Path(value).expanduser().resolve()
+        case "allow_origins" | "block_origins":
+            return rails.checked(re.split(r"[\s,;]+", value.strip()) if isinstance(value, str) else value, source)
         case "viewport":
             return parse_viewport(value, source)
         case "env" | "log" | "exec_js":
@@ -189,4 +209,10 @@ def _as_bool(value: Any, source: str) -> bool:
 
 
 def _as_text(value: Any) -> str:
-    return f"{value[0]}x{value[1]}" if isinstance(value, tuple) else str(value)
+    match value:
+        case (int(width), int(height)):
+            return f"{width}x{height}"
+        case tuple():
+            return " ".join(value)
+        case _:
+            return str(value)

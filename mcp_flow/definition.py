@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial, partialmethod
@@ -45,6 +45,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticSerializationError, to_json
 
 from mcp_flow.errors import BrokenWorkflow, InvalidInput
+from mcp_flow.rails import Rails
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,6 +68,7 @@ class Workflow(Generic[P, R]):
     description: str
     file: str
     line: int
+    rails: Rails
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """The coroutine of the function itself; nothing is journaled unless its `Flow` journals it."""
@@ -203,17 +205,33 @@ class Workflow(Generic[P, R]):
 def workflow(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Workflow[P, R]: ...
 @overload
 def workflow(
-    fn: None = None, /, *, name: str | None = None
+    fn: None = None,
+    /,
+    *,
+    name: str | None = None,
+    allow_origins: Sequence[str] = (),
+    block_origins: Sequence[str] = (),
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Workflow[P, R]]: ...
-def workflow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None) -> Any:
+def workflow(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    allow_origins: Sequence[str] = (),
+    block_origins: Sequence[str] = (),
+) -> Any:
     """Marks an async function as a workflow: `@workflow`, or `@workflow(name="…")`.
+
+    Its pages reach only what `allow_origins` names, if it names any, and nothing that `block_origins` does, besides
+    what the settings say. A private address is reached only where a pattern names it (see `mcp_flow.rails`).
 
     Its first parameter is the `Flow`. One further parameter that is a pydantic model is the input; otherwise each
     further parameter is a field of it. Raises `TypeError` or `ValueError` when the function can't be a workflow.
     """
+    rails = Rails.of(allow_origins, block_origins)
     if fn is None:
-        return lambda fn: _define(fn, name, sys._getframe(1).f_locals)
-    return _define(fn, name, sys._getframe(1).f_locals)
+        return lambda fn: _define(fn, name, rails, sys._getframe(1).f_locals)
+    return _define(fn, name, rails, sys._getframe(1).f_locals)
 
 
 def workflows_in(module: ModuleType) -> dict[str, Workflow[..., Any]]:
@@ -368,7 +386,7 @@ class _Input:
         return cls(model, tuple(names.values()), True, fields=names)
 
 
-def _define(fn: Callable[..., Any], name: str | None, local: Mapping[str, Any]) -> Workflow[..., Any]:
+def _define(fn: Callable[..., Any], name: str | None, rails: Rails, local: Mapping[str, Any]) -> Workflow[..., Any]:
     shown = getattr(fn, "__qualname__", repr(fn))
     if not inspect.iscoroutinefunction(fn):
         raise TypeError(
@@ -392,7 +410,7 @@ def _define(fn: Callable[..., Any], name: str | None, local: Mapping[str, Any]) 
             "the first a letter or an underscore."
         )
     code = inspect.unwrap(fn).__code__
-    made = Workflow(fn, name, inspect.getdoc(fn) or "", code.co_filename, code.co_firstlineno)
+    made = Workflow(fn, name, inspect.getdoc(fn) or "", code.co_filename, code.co_firstlineno, rails)
     if "<locals>" in fn.__qualname__:
         for parameter in parameters[1:]:
             _resolve_early(made, parameter.name, parameter.annotation, local)

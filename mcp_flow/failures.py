@@ -27,7 +27,8 @@ def describe(error: BaseException, step: str | None, source_line: SourceLine, ma
     Of several errors of a task group the first is told with its place, the others by name.
     """
     error, *others = _leaves(error)
-    text = "".join([str(error), *(f"; and {_type_name(other)}: {other}" for other in others)])
+    said = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    text = "".join([said, *(f"; and {_type_name(other)}: {other}" for other in others)])
     message = mask(text)[:LONGEST_MESSAGE] or type(error).__name__
     step = step or getattr(error, "mcp_flow_step", None)
     return Failure(type=_type_name(error), message=message, step=step, **_place(error, source_line))

@@ -78,6 +78,11 @@ class Pages:
         # A page that is gone to us is lost, even where its browser takes a moment longer to go.
         return await session.lost() or (str(error) if isinstance(error, PageGone) else None)
 
+    async def explain(self, error: BaseException) -> None:
+        """Have an error say why the net was not reached, where it is of that."""
+        if self.session and not getattr(error, "__notes__", None) and (why := await self.session.explain(error)):
+            error.add_note(why)
+
     async def get(self, name: str) -> Page:
         """The page of this name, opened if there is none; raises `BrowserMissing` or `BrowserUnavailable`."""
         if self.session is None:

@@ -27,6 +27,7 @@ from mcp_flow import events as ev
 from mcp_flow import presence
 from mcp_flow.attempt import Attempt, Outcome
 from mcp_flow.browser import host as hosts
+from mcp_flow.browser import proxy
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, attach, sweep
 from mcp_flow.config import Settings, private_folder
@@ -42,6 +43,7 @@ from mcp_flow.errors import (
 )
 from mcp_flow.leases import BLOCKED_SECONDS, Leases
 from mcp_flow.pages import look
+from mcp_flow.rails import Rails
 from mcp_flow.revisions import Revision, load, source_line
 from mcp_flow.run import Run
 from mcp_flow.store import Store
@@ -296,6 +298,7 @@ class Worker:
             except FlowError as error:
                 await self._refuse(run, epoch, error)
                 return
+            rails = self._settings.rails & workflow.rails
             attempt = Attempt(
                 self._settings,
                 self._store,
@@ -303,7 +306,7 @@ class Worker:
                 epoch,
                 workflow,
                 line_of,
-                self._open_session,
+                partial(self._open_session, rails=rails),
                 self._announce,
                 self._lease_is_fresh,
                 self._slots,
@@ -392,7 +395,9 @@ class Worker:
             raise BrokenWorkflow(f"{revision.path} no longer has a workflow {run.created.function!r}.")
         return workflow, lambda file, line: source_line(revision, file, line)
 
-    async def _open_session(self, run: Run, on_event: OnEvent, checkpoint: Checkpoint | None) -> Session:
+    async def _open_session(
+        self, run: Run, on_event: OnEvent, checkpoint: Checkpoint | None, *, rails: Rails | None = None
+    ) -> Session:
         assert run.created
         before = run.taken_from
         for _ in range(OPEN_TRIES):
@@ -406,6 +411,8 @@ class Worker:
                     viewport=run.created.viewport or self._settings.viewport,
                     folder=private_folder(self._settings.run_folder(run.run_id)),
                     on_event=on_event,
+                    run_id=run.run_id,
+                    rails=rails,
                     # A library process that stands still is not killed, and may go on at any moment.
                     fence=bool(before and presence.is_library(before) and presence.is_alive(self._settings, before)),
                     host_lives=partial(self._lives, host),
@@ -427,6 +434,7 @@ class Worker:
                 with contextlib.suppress(FlowError):
                     page = await attach(self._driver, host, target_id)
                     await page.context.close()
+                    await proxy.dismiss(host.endpoint, run.run_id)
                     break
         await self._append_quietly(run, ev.PageClosed())
 

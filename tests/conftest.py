@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from clocks import Clock
 from mcp_flow import config
 from mcp_flow.config import Settings
 from mcp_flow.store import Store
+
+# The pages of the tests are on loopback addresses, which no run reaches unless they are named.
+os.environ.setdefault("MCP_FLOW_ALLOW_ORIGINS", "* http://127.0.0.1:* http://localhost:*")
 
 # A slow machine is no failure, and examples that failed belong into a test, not into a folder.
 hypothesis.settings.register_profile("repository", deadline=None, database=None, max_examples=50)

@@ -499,7 +499,13 @@ def main() -> int:
     tempfile.tempdir = None
     print(f"soak: {json.dumps(vars(plan))}", flush=True)
     settings = config.load(
-        home=folder / "home", workflows=folder / "workflows", worker_idle=3, lease=LEASE, grace=3, hold=2
+        home=folder / "home",
+        workflows=folder / "workflows",
+        worker_idle=3,
+        lease=LEASE,
+        grace=3,
+        hold=2,
+        allow_origins=["http://127.0.0.1:*"],
     )
     log = (folder / "workers.log").open("ab")
     soak = Soak(plan, settings, log)

@@ -7,6 +7,9 @@ from typing import Any
 
 from mcp_flow import Flow, workflow
 
+HERE = ["http://127.0.0.1:*"]
+"""The origins of the benchmark's own pages."""
+
 
 async def trivial(number: int) -> int:
     """A step that costs nothing itself."""
@@ -91,7 +94,7 @@ async def read_title(page: Any) -> str:
     return str(await page.title())
 
 
-@workflow
+@workflow(allow_origins=HERE)
 async def one_page(flow: Flow, url: str) -> str:
     """A page, a visit, a step."""
     page = await flow.page()
@@ -110,7 +113,7 @@ async def look(page: Any) -> list[Any]:
     return [time.perf_counter(), marked]
 
 
-@workflow
+@workflow(allow_origins=HERE)
 async def survivor(flow: Flow, url: str, rounds: int) -> int:
     """A page, and steps of which each needs a worker of its own."""
     page = await flow.page()
@@ -127,7 +130,7 @@ async def read(page: Any) -> float:
     return time.perf_counter()
 
 
-@workflow
+@workflow(allow_origins=HERE)
 async def patient(flow: Flow, url: str, rounds: int) -> None:
     """A page, then questions with a step after each."""
     page = await flow.page()
@@ -165,7 +168,7 @@ async def obedient(flow: Flow, rounds: int) -> None:
         await flow.step(f"resumed {number}", now)
 
 
-@workflow
+@workflow(allow_origins=HERE)
 async def clicker(flow: Flow, url: str, clicks: int) -> list[float]:
     """Seconds a click takes by itself and as a step, and the seconds that a look at the context's storage takes."""
     page = await flow.page()

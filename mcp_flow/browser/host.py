@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING
 import anyio
 
 from mcp_flow import config
-from mcp_flow.browser import launch
+from mcp_flow.browser import launch, proxy
 from mcp_flow.config import Settings
 from mcp_flow.errors import BrowserMissing, BrowserUnavailable, FlowError
 
@@ -195,19 +195,20 @@ async def _serve(settings: Settings, headless: bool, place: _Place, scratch: Pat
     async with _browser(settings, headless, scratch) as (browser, name):
         browser.on("disconnected", lambda _: ended.set())
         endpoint = (await browser.bind(f"mcp-flow {settings.home}"))["endpoint"]
-        with _clients(endpoint).open("w") as clients:
-            info = HostInfo(endpoint, os.getpid(), headless, name, _playwright_version())
-            _write(place.info, json.dumps(asdict(info)))
-            last_page = time.monotonic()
-            while not ended.is_set() and _reachable(endpoint):
-                with anyio.move_on_after(min(settings.host_idle / 4, 5)):
-                    await ended.wait()
-                if any(context.pages for context in browser.contexts):
-                    # A waiting run's page has no client, and is in use all the same.
-                    last_page = time.monotonic()
-                elif time.monotonic() - last_page >= settings.host_idle and _unused(clients, settings.host_idle):
-                    break
-            place.info.unlink(missing_ok=True)
+        async with proxy.serving(Path(endpoint).parent):
+            with _clients(endpoint).open("w") as clients:
+                info = HostInfo(endpoint, os.getpid(), headless, name, _playwright_version())
+                _write(place.info, json.dumps(asdict(info)))
+                last_page = time.monotonic()
+                while not ended.is_set() and _reachable(endpoint):
+                    with anyio.move_on_after(min(settings.host_idle / 4, 5)):
+                        await ended.wait()
+                    if any(context.pages for context in browser.contexts):
+                        # A waiting run's page has no client, and is in use all the same.
+                        last_page = time.monotonic()
+                    elif time.monotonic() - last_page >= settings.host_idle and _unused(clients, settings.host_idle):
+                        break
+                place.info.unlink(missing_ok=True)
 
 
 def _unused(clients: IO[str], idle: float) -> bool:

@@ -26,14 +26,17 @@ from playwright.async_api import (
     Error,
     Page,
     Playwright,
+    Request,
     StorageState,
     async_playwright,
 )
 
 from mcp_flow import config
 from mcp_flow.browser import host as hosts
+from mcp_flow.browser import proxy
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.errors import BrowserUnavailable, PageGone
+from mcp_flow.rails import Rails, place
 
 T = TypeVar("T")
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -49,6 +52,8 @@ MOST_DIALOGS = 20
 """How many dialogs, one after another, are dismissed of a page that goes on asking."""
 BARRIER_SECONDS = 1.0
 BROWSER_ENDED = "the browser ended"
+MOST_NOT_REACHED = 20
+"""Of how many hosts a session reports that its pages could not reach them."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,15 @@ class Session:
         viewport: tuple[int, int],
         folder: Path,
         on_event: OnEvent,
+        run_id: str,
+        endpoint: str,
+        server: str | None,
         host_lives: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._run_id = run_id
+        self._endpoint = endpoint
+        self._server = server
+        self._not_reached: set[tuple[str, int] | None] = set()
         self._host_lives = host_lives
         self.state = "live"
         self.pages = {}
@@ -225,14 +237,19 @@ class Session:
         viewport: tuple[int, int],
         folder: Path,
         on_event: OnEvent,
+        run_id: str,
+        rails: Rails | None,
         fence: bool = False,
         host_lives: Callable[[], bool] = lambda: True,
     ) -> Session:
         """A session on the known pages if they live; else one whose pages are made when they are asked for.
 
-        With `fence` another process may still act on the known pages: they are replaced, so that it reaches nothing.
+        The pages keep to the `rails`, those that are found too; with None they keep to what they kept to, and none are
+        made. With `fence` another process may still act on the known pages: they are replaced, so that it reaches
+        nothing.
         `host_lives` says whether the host does: its browser may answer for a moment longer, while it closes its pages.
         """
+        server = await proxy.admit(host.endpoint, run_id, rails) if rails else None
         browser = await driver.connect(host.endpoint)
         session = cls(
             browser,
@@ -240,6 +257,9 @@ class Session:
             viewport=viewport,
             folder=folder,
             on_event=on_event,
+            run_id=run_id,
+            endpoint=host.endpoint,
+            server=server,
             host_lives=host_lives,
         )
         try:
@@ -315,6 +335,10 @@ class Session:
         except (Error, TimeoutError):
             return self._crashed or BROWSER_ENDED
         return self._crashed
+
+    async def explain(self, error: BaseException) -> str | None:
+        """Why the net was not reached, where that is what an action failed of."""
+        return await proxy.explain(self._endpoint, self._run_id, error.message) if isinstance(error, Error) else None
 
     async def checkpoint(self) -> Checkpoint:
         """What rebuilds the named pages; pages not rebuilt yet keep what they had."""
@@ -408,10 +432,12 @@ class Session:
     async def _new_context(self) -> BrowserContext:
         width, height = self._viewport
         storage = self._checkpoint.storage if self._checkpoint else {}
+        assert self._server
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 context = await self._browser.new_context(
                     viewport={"width": width, "height": height},
+                    proxy={"server": self._server},
                     storage_state=cast(StorageState, storage) if storage else None,
                 )
             self._watch(context)
@@ -453,6 +479,9 @@ class Session:
                     # A page that hangs does not answer this.
                     async with asyncio.timeout(BARRIER_SECONDS):
                         await cdp.send("Page.enable")
+                        # No proxy sees these; for anything else this pattern costs nothing.
+                        cdp.on("Fetch.requestPaused", lambda paused: self._report(_refuse(cdp, paused)))
+                        await cdp.send("Fetch.enable", {"patterns": [{"urlPattern": "file://*"}]})
                 self._guards[page] = cdp
                 return str(info["targetInfo"]["targetId"])
         return None
@@ -492,6 +521,7 @@ class Session:
         context.on("dialogclosed", self._on_dialog)
         context.on("download", self._on_download)
         context.on("page", self._on_page)
+        context.on("requestfailed", self._on_failed)
         context.debugger.on("pausedstatechanged", self._on_debugger)
 
     def _watch_page(self, page: Page) -> None:
@@ -541,6 +571,16 @@ class Session:
         self._watch_page(page)
         self._name_popup(page)
 
+    def _on_failed(self, request: Request) -> None:
+        where, told = place(request.url), self._not_reached
+        if proxy.FAILED in (request.failure or "") and where not in told and len(told) < MOST_NOT_REACHED:
+            told.add(where)
+            self._report(self._report_failed(request.url))
+
+    async def _report_failed(self, url: str) -> None:
+        why = await proxy.explain(self._endpoint, self._run_id, f"{proxy.FAILED} at {url}")
+        self._on_event("not-reached", {"url": url, "why": why})
+
     def _on_download(self, download: Download) -> None:
         saving = self._report(self._save(download))
         self._saving.add(saving)
@@ -587,6 +627,7 @@ class Session:
             if close_context and self._context:
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._context.close()
+                await proxy.dismiss(self._endpoint, self._run_id)
         for task in self._reports:
             task.cancel()
         with contextlib.suppress(Error):
@@ -596,6 +637,11 @@ class Session:
         if not self._browser.is_connected():
             return BrowserUnavailable("The browser has gone; resume the run to rebuild its pages.")
         return PageGone(f"The browser did not do it: {error or 'it took too long'}")
+
+
+async def _refuse(cdp: CDPSession, paused: dict[str, Any]) -> None:
+    with contextlib.suppress(Error):  # the page has gone with it
+        await cdp.send("Fetch.failRequest", {"requestId": paused["requestId"], "errorReason": "BlockedByClient"})
 
 
 def is_popup(name: str) -> bool:

@@ -55,6 +55,8 @@ Known = Callable[[str], tuple[str, str | None] | None]
 
 The name is Playwright's own, before anything in it was cleaned, hidden or cut: the element is found by it.
 """
+Explain = Callable[[str], Awaitable[str | None]]
+"""Says why a page did not reach the net, where Playwright's message says no more than that."""
 Mask = Callable[[str], str]
 """Replaces the values of known secrets, each by `[secret NAME]`."""
 
@@ -101,6 +103,7 @@ async def act(
     folders: Sequence[Path] = (),
     look: str = "snapshot",
     name: str = "page",
+    explain: Explain | None = None,
 ) -> Acted:
     """Carries out `actions` on `page`, one after the other, until one fails.
 
@@ -117,7 +120,7 @@ async def act(
     if page.is_closed():
         raise gone()
     async with turn(page):
-        return await aside(page, lambda: _acted(page, chosen, observe, known, mask, folders, look, name))
+        return await aside(page, lambda: _acted(page, chosen, observe, known, mask, folders, look, name, explain))
 
 
 def report(acted: Acted) -> str:
@@ -143,12 +146,15 @@ async def _acted(
     folders: Sequence[Path],
     look: str,
     name: str,
+    explain: Explain | None,
 ) -> Acted:
     started = time.perf_counter()
     async with traffic_of(page) as traffic, dialogs_answered(page) as dialogs, _news_of(page) as news:
         hands = _Hands(page, known, mask, folders, name, traffic, dialogs, news)
         try:
             failure = await hands.carry_out_all(actions)
+            if failure and explain and (why := await explain(str(failure))):
+                failure = ActionFailed(why)
             difference, _ = await asyncio.gather(hands.difference(observe, look), hands.learn_secrets())
         finally:
             await hands.put_down()

@@ -138,7 +138,7 @@ async def act(
 
     app = await state.app(ctx)
     run = await app.control.run(run_id)
-    folders = [app.settings.run_folder(run_id)]
+    folders = app.settings.upload_folders(run_id)
     checked(actions, folders)
     call = f"snapshot(run_id={json.dumps(run_id)}" + ("" if page == "main" else f", page={json.dumps(page)}")
     secrets = await app.secrets_of(run)
@@ -163,6 +163,7 @@ async def act(
             mask=partial(masked, known=secrets),
             folders=folders,
             look=f"{call})",
+            explain=partial(app.explain, run),
         )
     outcome = f"{type(acted.error).__name__}: {acted.error}" if acted.error else ", ".join(acted.done)
     await app.control.note_actions(run_id, AGENT, acted.python, outcome)

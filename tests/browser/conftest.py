@@ -16,7 +16,9 @@ from mcp_flow.browser import host
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.browser.session import Driver, Session
 from mcp_flow.config import Settings
+from mcp_flow.rails import Rails
 
+RAILS = Rails.of(["*", "http://127.0.0.1:*", "http://localhost:*"], [])
 PAGE = b"<title>site</title><input id=q><button onclick='window.hits=(window.hits||0)+1'>go</button>"
 
 
@@ -63,7 +65,7 @@ async def open_session(
     sessions: list[Session] = []
 
     async def opener(**options: Any) -> Session:
-        options = {"viewport": (800, 600), "folder": tmp_path / "run"} | options
+        options = {"viewport": (800, 600), "folder": tmp_path / "run", "run_id": "r1", "rails": RAILS} | options
         session = await Session.open(
             driver, shared_host, on_event=lambda kind, about: events.append((kind, about)), **options
         )

@@ -23,6 +23,7 @@ from mcp_flow.browser.host import HostInfo
 from mcp_flow.browser.session import Checkpoint, Driver, PageRecord, PausedAt, Session, attach, sweep
 from mcp_flow.config import Settings
 from mcp_flow.errors import BrowserUnavailable, PageGone
+from mcp_flow.rails import Rails
 
 pytestmark = pytest.mark.anyio
 
@@ -34,9 +35,13 @@ import asyncio, json, sys
 from pathlib import Path
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.browser.session import Driver, Session
+from mcp_flow.rails import Rails
 async def main():
     host = HostInfo(**json.loads(sys.argv[1]))
-    session = await Session.open(Driver(), host, viewport=(800, 600), folder=Path(sys.argv[3]), on_event=print)
+    session = await Session.open(
+        Driver(), host, viewport=(800, 600), folder=Path(sys.argv[3]), on_event=print, run_id="r1",
+        rails=Rails.of(["http://127.0.0.1:*"], []),
+    )
     page = await session.page()
     await page.goto(sys.argv[2])
     await page.fill("#q", "half a sentence")
@@ -456,7 +461,13 @@ async def test_events_of_a_host_that_dies_say_so(settings: Settings, driver: Dri
     events: list[str] = []
     info = await host.ensure(settings)
     session = await Session.open(
-        driver, info, viewport=(800, 600), folder=tmp_path, on_event=lambda kind, _: events.append(kind)
+        driver,
+        info,
+        viewport=(800, 600),
+        folder=tmp_path,
+        on_event=lambda kind, _: events.append(kind),
+        run_id="r1",
+        rails=Rails(),
     )
     page = await session.page()
     os.kill(info.pid, signal.SIGKILL)
