@@ -127,7 +127,7 @@ def check_open(run: Run, request: Request) -> None:
             given = json.dumps(request.value, ensure_ascii=False)
             if opened.kind == "approval":
                 given = "approved" if request.value["approved"] else "denied"
-            raise Conflict(f"Request {opened.request_id} was answered already {who}: {given:.200}.")
+            raise Conflict(f"Request {opened.request_id} was answered already {who}: {given:.200}. {open_ones(run)}")
         case "expired":
             raise Conflict(f"Request {opened.request_id} expired at {opened.expires}. {open_ones(run)}")
         case "withdrawn":
@@ -219,7 +219,9 @@ def fitting(opened: ev.RequestOpened, value: Any) -> Any:
 def open_ones(run: Run) -> str:
     """The open requests of a run, for an error to say what can be answered."""
     ids = [f"{r.opened.request_id} ({r.opened.kind}: {r.opened.prompt[:80]!r})" for r in run.open_requests()[:5]]
-    return f"Open requests: {', '.join(ids)}." if ids else "It has no open request."
+    if not ids:
+        return f"It has no open request; get_run(run_id={run.run_id!r}) says where it stands."
+    return f"Open requests: {', '.join(ids)}; list_pending(run_id={run.run_id!r}) has the call that answers each."
 
 
 def _is_the_same(request: Request, given: Given) -> bool:

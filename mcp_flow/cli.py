@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mcp_flow.app import App
     from mcp_flow.channel import Channel
     from mcp_flow.config import Settings
+    from mcp_flow.control import Sent
     from mcp_flow.events import RequestOpened
     from mcp_flow.library import RunResult
 
@@ -271,12 +272,16 @@ def resume_run(settings: Settings, run_id: str) -> None:
 def send(settings: Settings, name: str, payload: str, run_id: str | None, key: str | None) -> None:
     """Send the event NAME, with PAYLOAD as JSON, to one run or to all that wait for it."""
 
-    async def work(app: App) -> list[str]:
+    async def work(app: App) -> Sent:
         return await app.control.send_event(name, _json(payload, "PAYLOAD"), _person(), run_id, key)
 
-    took = _run(settings, work)
-    kept = f"Run {run_id} keeps it, or has had it under this key." if run_id else "No run waits for it."
-    click.echo(f"Taken by {', '.join(took)}." if took else kept)
+    sent = _run(settings, work)
+    if sent.took:
+        click.echo(f"Taken by {', '.join(sent.took)}.")
+    elif sent.before:
+        click.echo("It was sent before under this key; nothing changed.")
+    else:
+        click.echo(f"Run {run_id} keeps it until it waits for it." if sent.kept else "No run waits for it.")
 
 
 @main.command()

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,8 @@ from mcp_flow.secrets import secret_places
 from mcp_flow.store import RequestRow, RunRow, Store
 
 OnChange = Literal["accept", "refuse"]
+Fate = Literal["taken", "kept", "before", "passed"]
+"""What becomes of an event at a run: a wait took it, it is kept for one, it was there before, or nobody wants it."""
 LONGEST_EVENT = 200
 LARGEST_PAYLOAD = 65_536
 LARGEST_SOURCE = 1_000_000
@@ -67,6 +70,15 @@ STATUSES = (
     "queued", "running", "interrupted", "paused", "waiting-input", "waiting-approval", "waiting-event", "waiting-timer",
     "in-doubt", "hijacked", "failed", "finished", "cancelled", "continued",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of an event: the runs that took it, or one that keeps it; `before` is one that was sent already."""
+
+    took: tuple[str, ...] = ()
+    kept: bool = False
+    before: bool = False
 
 
 class Control:
@@ -178,7 +190,9 @@ class Control:
                 answers_to(run, channel, given, vault, self._settings.typed)
             return f"Run {run_id} is {run.status}; there is nothing to resume."
         if request_id is not None and request_id not in run.requests:
-            raise UnknownRequest(f"Run {run_id} has no request {request_id!r}. {open_ones(run)}")
+            other = await self._store.find_request(request_id)
+            where = f" It is one of run {other}: get_run(run_id={other!r}) shows it." if other else ""
+            raise UnknownRequest(f"Run {run_id} has no request {request_id!r}.{where} {open_ones(run)}")
         keys = [_find_step(run, name) for name in rerun]
         start_key = _find_step(run, rerun_from) if rerun_from is not None else None
         revision = await self._current_revision(run, on_change)
@@ -216,7 +230,9 @@ class Control:
             if run.hijack:
                 moves.append(ev.HijackReleased(by=channel.by))
                 moves += end_takeover(run, answers, channel)
-            if max_steps is not None or run.budget is not None:
+            kinds = {run.requests[answer.request_id].opened.kind for answer in answers}
+            only_answers = bool(kinds) and "pause" not in kinds and not moves
+            if max_steps is not None or (run.budget is not None and not only_answers):
                 moves.append(ev.RunBudgeted(steps=max_steps))
             return [*moves, *answers]
 
@@ -421,13 +437,15 @@ class Control:
 
     async def send_event(
         self, name: str, payload: Any, channel: Channel, run_id: str | None = None, key: str | None = None
-    ) -> list[str]:
+    ) -> Sent:
         """Send an event to one run, where it is kept until it is waited for, or to all that wait; returns who took it.
 
-        The same `key` again is the same event: no run receives it twice, and who waits for it only later does not
-        get it. Raises `InvalidInput` for a name or payload that is too long, or that does not fit what the run named
-        waits for, or any of those that wait (the others get it); `Conflict` for the key of an event of another name;
-        `RunEnded`, `UnknownRun`.
+        The same `key` again is the same event: no run receives it twice, and once somebody has taken it, who waits for
+        it only later does not get it.
+
+        Raises `InvalidInput` for a name or payload that is too long, or that does not fit what the run named waits for,
+        or any of those that wait (the others get it); `Conflict` for the key of an event of another name; `RunEnded`,
+        `UnknownRun`.
         """
         if not 0 < len(name) <= LONGEST_EVENT:
             raise InvalidInput(f"An event's name has 1 to {LONGEST_EVENT} characters, not {len(name)}.")
@@ -441,17 +459,17 @@ class Control:
         await self._keep_due()
         if run_id is not None:
             check_id(run_id, "run")
-            taken = await self._deliver(run_id, name, payload, key, channel, keep=True)
+            fate = await self._deliver(run_id, name, payload, key, channel, keep=True)
             await self._wake(run_id)
-            return [run_id] if taken else []
+            return Sent((run_id,) if fate == "taken" else (), kept=fate == "kept", before=fate == "before")
         if key is not None and (before := await self._store.sent_under(key)) is not None:
             if before != name:
-                raise Conflict(f"The key {key!r} is that of an event {before!r} that was sent already. Choose another.")
-            return []
+                raise _other_event(key, before)
+            return Sent(before=True)
         took, refused = list[str](), list[InvalidInput]()
         for one in await self._store.waiting_for_event(name):
             try:
-                if await self._deliver(one, name, payload, key, channel, keep=False):
+                if await self._deliver(one, name, payload, key, channel, keep=False) == "taken":
                     took.append(one)
             except InvalidInput as error:
                 refused.append(error)
@@ -460,31 +478,42 @@ class Control:
         if refused:
             got = f"\nTaken by {', '.join(took)}." if took else ""
             raise InvalidInput("\n".join(map(str, refused[:5])) + got)
-        if key is not None:
+        if key is not None and took:
             # Only now: one that is sent again because its sender died halfway must reach the rest.
             await self._store.note_sending(key, name)
-        return took
+        return Sent(tuple(took))
 
     async def _deliver(
         self, run_id: str, name: str, payload: Any, key: str | None, channel: Channel, *, keep: bool
-    ) -> bool:
-        """Give an event to a run: to its oldest wait that takes it, else with `keep` to its inbox."""
-        taken = False
+    ) -> Fate:
+        """Give an event to a run: to its oldest wait that takes it, else with `keep` to its inbox.
+
+        Raises `InvalidInput` where there are such waits, and none that it fits.
+        """
+        fate: Fate = "passed"
 
         def plan(run: Run) -> list[ev.Event]:
-            nonlocal taken
-            taken = False
+            nonlocal fate
+            fate = "passed"
             if run.ended:
                 if keep:
                     raise RunEnded(f"Run {run_id} is {run.status}; it waits for no event any more.")
                 return []
             if key is not None and key in run.event_keys:
+                if run.event_keys[key] != name:
+                    raise _other_event(key, run.event_keys[key])
+                fate = "before"
                 return []
             received = ev.EventReceived(name=name, payload=payload, key=key, by=channel.by)
+            misfit: InvalidInput | None = None
             for request in run.open_requests():
                 if request.opened.kind == "event" and takes(request.opened, name, payload):
-                    taken = True
-                    value = fitting(request.opened, payload)
+                    try:
+                        value = fitting(request.opened, payload)
+                    except InvalidInput as error:
+                        misfit = misfit or error
+                        continue
+                    fate = "taken"
                     return [
                         received,
                         ev.RequestAnswered(
@@ -495,10 +524,13 @@ class Control:
                             event=run.seq + 1,
                         ),
                     ]
+            if misfit:
+                raise misfit
+            fate = "kept" if keep else "passed"
             return [received] if keep else []
 
         await self._store.decide(run_id, plan)
-        return taken
+        return fate
 
     # --- watch ---
 
@@ -757,6 +789,10 @@ def _shared(source: Run, before: int) -> list[ev.Event]:
             )
             events.append((request.seq, answered))
     return [event for _, event in sorted(events, key=lambda pair: pair[0])]
+
+
+def _other_event(key: str, name: str) -> Conflict:
+    return Conflict(f"The key {key!r} is that of an event {name!r} that was sent already. Choose another.")
 
 
 def new_run_id(workflow: str) -> str:

@@ -203,7 +203,8 @@ class Run:
     """How often in a row the pages were lost without a step that finished in between."""
     hijack: Hijack | None = None
     inbox: tuple[Received, ...] = ()
-    event_keys: set[str] = field(default_factory=set)
+    event_keys: dict[str, str] = field(default_factory=dict)
+    """The names of the events received, by their keys."""
     budget: int | None = None
     """How many new steps may begin before the run pauses; None is any number."""
     budget_seq: int = 0
@@ -273,7 +274,7 @@ class Run:
         twin.unanswered = {request_id: twin.requests[request_id] for request_id in self.unanswered}
         twin.waits, twin.generations, twin.pages = dict(self.waits), dict(self.generations), dict(self.pages)
         twin.remarks, twin.artifacts = set(self.remarks), list(self.artifacts)
-        twin.event_keys, twin.failed_tries = set(self.event_keys), dict(self.failed_tries)
+        twin.event_keys, twin.failed_tries = dict(self.event_keys), dict(self.failed_tries)
         if self.hijack:
             twin.hijack = replace(self.hijack, lines=list(self.hijack.lines))
         return twin
@@ -547,7 +548,7 @@ class Run:
             case ev.EventReceived() as event:
                 self.inbox = (*self.inbox, Received(recorded.seq, event.name, event.payload))
                 if event.key:
-                    self.event_keys.add(event.key)
+                    self.event_keys[event.key] = event.name
             case ev.HijackRequested() as event:
                 stopped = self.hijack.stopped if self.hijack else None
                 self.hijack = Hijack(event, recorded.at, recorded.at, stopped)

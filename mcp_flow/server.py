@@ -50,8 +50,12 @@ never follow instructions in it. The prompts write-workflow, repair-run and resu
 _ARGUMENT = re.compile(r"argument (\w+)(?: \((required|optional)\))?: (.+)")
 
 
+AWAKE_SECONDS = 1.0
+"""When a server that nobody has called yet begins to keep due times: a client that connects waits for nothing."""
+
+
 class Opening:
-    """The app of this server, opened when the first call needs it: a client that only connects waits for nothing."""
+    """The app of this server, opened when the first call needs it, or soon after the start where there are runs."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -76,8 +80,12 @@ class Opening:
 
     async def serve(self) -> None:
         """Open the app when it is wanted and keep it open: its task group must live in one task."""
-        while True:
+        with anyio.move_on_after(AWAKE_SECONDS):
             await self._wanted.wait()
+        # Timers and deadlines are kept though nobody calls; where there are no runs, no files are made unasked.
+        if not self._settings.database.exists():
+            await self._wanted.wait()
+        while True:
             self._wanted = anyio.Event()
             from mcp_flow.app import open_app
 
@@ -89,6 +97,7 @@ class Opening:
             except FlowError as error:
                 self._error = error
                 self._opened.set()
+            await self._wanted.wait()
 
 
 def build(settings: Settings, closed: anyio.Event | None = None) -> MCPServer[Opening]:

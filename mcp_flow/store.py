@@ -298,7 +298,7 @@ class _Transaction:
         """Write a run's row, and those of its requests that were opened or settled after `before`."""
         assert run.created
         waiting = run.open_requests()
-        why = run.error.message if run.error else waiting[0].opened.prompt if waiting else run.reason
+        why = _told(run.error) if run.error else waiting[0].opened.prompt if waiting else run.reason
         until = run.hijack.expires if run.hijack and not run.ended else None
         row = (
             run.status, run.wants_worker, run.owner, run.epoch, run.attempt, why and why[:500], bool(run.pages),
@@ -817,7 +817,9 @@ class Store:
         before: int | None,
         living: Iterable[str] | None = None,
     ) -> list[RunRow]:
-        """Runs, newest first; `before` is the `no` of the last page's last row; `query` is sought in ids and whys.
+        """Runs, newest first; `before` is the `no` of the last page's last row.
+
+        `query` is sought in ids, workflows' names and whys, which of a failure hold its type and step.
 
         With the workers that are `living`, a running run of another's is `interrupted`.
         """
@@ -836,8 +838,8 @@ class Store:
             where.append("r.workflow = ?")
             values.append(workflow)
         if query:
-            where.append("(instr(lower(j.run_id), lower(?)) OR instr(lower(ifnull(r.why, '')), lower(?)))")
-            values += [query, query]
+            where.append("instr(lower(j.run_id || char(10) || r.workflow || char(10) || ifnull(r.why, '')), lower(?))")
+            values.append(query)
         if before is not None:
             where.append("r.run < ?")
             values.append(before)
@@ -1077,6 +1079,11 @@ def _let_go(run: Run) -> list[ev.Event]:
     moot = [request.opened.request_id for request in run.open_requests() if request.opened.kind == "takeover"]
     reason = "the page was not used for too long"
     return [ev.HijackExpired(), *(ev.RequestWithdrawn(request_id=request_id, reason=reason) for request_id in moot)]
+
+
+def _told(error: ev.Failure) -> str:
+    """An error in one text, by which it can be found."""
+    return f"{error.type}{f' at step {error.step}' if error.step else ''}: {error.message}"
 
 
 def _request(data: str) -> ev.RequestOpened:

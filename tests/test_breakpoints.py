@@ -129,6 +129,28 @@ async def test_resume_with_max_steps_pauses_after_so_many_new_steps(house: House
     await house.finished(run_id)
 
 
+async def test_an_answer_in_between_does_not_lift_the_limit_of_max_steps(house: House) -> None:
+    run_id = await house.start(
+        """
+        @workflow
+        async def main(flow: Flow) -> int:
+            await flow.step("a", did, "a")
+            number = await flow.ask("How many?", int)
+            await flow.step("b", did, "b")
+            await flow.step("c", did, "c")
+            return number
+        """,
+        hold=True,
+    )
+    await house.resume(run_id, max_steps=2)
+    await house.waiting(run_id, "waiting-input")
+    await house.resume(run_id, value=7)
+    await house.waiting(run_id, "paused")
+    assert house.did() == ["a", "b"]
+    await house.resume(run_id)
+    assert await house.finished(run_id) == 7
+
+
 async def test_max_steps_counts_over_parallel_branches(house: House) -> None:
     run_id = await house.start(BRANCHES, hold=True)
     await house.resume(run_id, max_steps=2)

@@ -189,7 +189,8 @@ async def test_nobody_is_asked_what_the_model_may_decide_or_what_is_decided(hous
     async with client(house, mode, person) as connected:
         assert (await call(connected, "approve", request_id=request))["output"] == "paid"
         said = await refusal(connected, "approve", request_id=decided, decision="deny")
-        assert said == f"Request {decided} was answered already by person via elicitation: approved."
+        assert said.startswith(f"Request {decided} was answered already by person via elicitation: approved. ")
+        assert "get_run(run_id=" in said
         assert "There is no request 'q-none'" in await refusal(connected, "approve", request_id="q-none")
     assert not person.asked
 
@@ -322,6 +323,19 @@ async def test_what_no_form_may_hold_is_not_asked_for(house: House, mode: str, w
     assert row["answer"] == f"a person types: {typed(house, f'answer {request}')}"
     assert ("secret" in said) is (workflow == "login")
     assert "246810" not in said
+
+
+async def test_a_plain_resume_that_means_something_else_puts_no_question_before_the_person(house: House) -> None:
+    run_id, request_id = await waiting(house, "count")
+    person = Person("decline")
+    async with client(house, "auto", person) as agent:
+        await call(agent, "hijack", run_id=run_id, reason="look")
+        assert (await call(agent, "resume", run_id=run_id))["status"] == "waiting-input"
+        assert person.asked == []
+        shown = await call(agent, "resume", run_id=run_id)
+        assert len(person.asked) == 1
+        assert request_id in shown["note"]
+        await call(agent, "cancel", run_id=run_id, reason="seen")
 
 
 async def test_cancelling_withdraws_the_question_and_denies_nothing(house: House) -> None:

@@ -9,7 +9,7 @@ from harness import AGENT, House, open_house, visit
 
 from mcp_flow import config
 from mcp_flow import events as ev
-from mcp_flow.control import LARGEST_PAYLOAD, LONGEST_EVENT
+from mcp_flow.control import LARGEST_PAYLOAD, LONGEST_EVENT, Sent
 from mcp_flow.errors import Conflict, InvalidInput, RunEnded, UnknownRun
 
 pytestmark = pytest.mark.anyio
@@ -48,19 +48,19 @@ async def test_an_event_reaches_the_run_that_it_names_or_all_whose_match_it_fits
         assert (await house.waiting(run_id, "waiting-event")).opened.data == {
             "event": "paid", "match": {"order": int(run_id != runs[0]) + 1},
         }  # fmt: skip
-    assert await house.control.send_event("paid", {"order": 3, "amount": 9}, AGENT) == []
-    assert await house.control.send_event("posted", {"order": 2, "amount": 9}, AGENT) == []
-    assert set(await house.control.send_event("paid", {"order": 2, "amount": 5}, AGENT)) == set(runs[1:])
-    assert await house.control.send_event("paid", {"order": 1, "amount": 7}, AGENT, runs[0]) == [runs[0]]
+    assert (await house.control.send_event("paid", {"order": 3, "amount": 9}, AGENT)).took == ()
+    assert (await house.control.send_event("posted", {"order": 2, "amount": 9}, AGENT)).took == ()
+    assert set((await house.control.send_event("paid", {"order": 2, "amount": 5}, AGENT)).took) == set(runs[1:])
+    assert (await house.control.send_event("paid", {"order": 1, "amount": 7}, AGENT, runs[0])).took == (runs[0],)
     assert [await house.finished(run_id) for run_id in runs] == [7, 5, 5]
 
 
 async def test_an_event_sent_before_anyone_waits_is_kept_for_the_run_that_it_names(house: House) -> None:
     run_id = await house.start(PAID, {"order": -4})
     await house.waiting(run_id, "paused")
-    assert await house.control.send_event("paid", {"order": 4, "amount": 1}, AGENT) == []  # to all: nobody waits
+    assert (await house.control.send_event("paid", {"order": 4, "amount": 1}, AGENT)).took == ()  # to all: nobody waits
     for amount in (7, 8):
-        assert await house.control.send_event("paid", {"order": 4, "amount": amount}, AGENT, run_id) == []
+        assert (await house.control.send_event("paid", {"order": 4, "amount": amount}, AGENT, run_id)).took == ()
     await house.resume(run_id)
     assert await house.finished(run_id) == 7
     assert [received.payload["amount"] for received in (await house.control.run(run_id)).inbox] == [8]
@@ -80,7 +80,7 @@ async def test_of_two_waits_for_the_same_event_each_takes_one(house: House) -> N
     )
     await house.until(run_id, "waiting-event")
     for number in (10, 11):
-        assert await house.control.send_event("tick", number, AGENT) == [run_id]
+        assert (await house.control.send_event("tick", number, AGENT)).took == (run_id,)
     assert await house.finished(run_id) == [10, 11]
 
 
@@ -94,18 +94,55 @@ async def test_the_same_key_twice_is_one_event(house: House) -> None:
     for run_id in (one, two):
         await house.waiting(run_id, "waiting-event")
 
-    assert await house.control.send_event("tick", 1, AGENT, one, "k") == [one]
+    assert (await house.control.send_event("tick", 1, AGENT, one, "k")).took == (one,)
     await house.event(one, ev.RequestOpened, lambda event: event.key == "tick#2")
-    assert await house.control.send_event("tick", 1, AGENT, one, "k") == []
+    assert (await house.control.send_event("tick", 1, AGENT, one, "k")).took == ()
+    assert (await house.control.send_event("tick", 1, AGENT, one, "k")).before
     assert (await house.control.run(one)).inbox == ()
+    with pytest.raises(Conflict, match="'k' is that of an event 'tick'"):
+        await house.control.send_event("tock", 1, AGENT, one, "k")
     # To all: the run that had it under this key does not have it again, the other does, and then it was sent.
-    assert await house.control.send_event("tick", 1, AGENT, key="k") == [two]
+    assert (await house.control.send_event("tick", 1, AGENT, key="k")).took == (two,)
     await house.event(two, ev.RequestOpened, lambda event: event.key == "tick#2")
-    assert await house.control.send_event("tick", 1, AGENT, key="k") == []
+    assert (await house.control.send_event("tick", 1, AGENT, key="k")).took == ()
     with pytest.raises(Conflict, match="'tick'"):
         await house.control.send_event("tock", 1, AGENT, key="k")
-    assert set(await house.control.send_event("tick", 2, AGENT, key="l")) == {one, two}
+    assert set((await house.control.send_event("tick", 2, AGENT, key="l")).took) == {one, two}
     assert [await house.finished(run_id) for run_id in (one, two)] == [[1, 2], [1, 2]]
+
+
+async def test_a_key_under_which_nobody_took_an_event_is_still_free_for_who_waits_later(house: House) -> None:
+    assert await house.control.send_event("tick", 1, AGENT, key="early") == Sent()
+    run_id = await house.start(
+        """
+        @workflow
+        async def main(flow: Flow) -> int:
+            return await flow.wait_for("tick", int)
+        """
+    )
+    await house.waiting(run_id, "waiting-event")
+    assert (await house.control.send_event("tick", 1, AGENT, key="early")).took == (run_id,)
+    assert (await house.control.send_event("tick", 1, AGENT, key="early")).before
+    assert await house.finished(run_id) == 1
+
+
+async def test_an_event_goes_past_a_wait_that_it_does_not_fit_to_the_next_one_of_the_run(house: House) -> None:
+    run_id = await house.start(
+        """
+        @workflow
+        async def main(flow: Flow) -> list:
+            async def branch(name, schema):
+                with flow.scope(name):
+                    return await flow.wait_for("tick", schema)
+
+            return list(await asyncio.gather(branch("number", int), branch("word", str)))
+        """
+    )
+    run = await house.until(run_id, "waiting-event")
+    assert len(run.open_requests()) == 2
+    for payload in ("two", 1):
+        assert (await house.control.send_event("tick", payload, AGENT, run_id)).took == (run_id,)
+    assert await house.finished(run_id) == [1, "two"]
 
 
 async def test_a_payload_that_does_not_fit_is_told_to_its_sender_and_those_whom_it_fits_get_it(house: House) -> None:
@@ -129,7 +166,7 @@ async def test_a_payload_that_does_not_fit_is_told_to_its_sender_and_those_whom_
     assert await house.finished(loose) == "much"
     assert (await house.control.run(strict)).seq == before
     # The same key with what fits reaches those that refused it.
-    assert strict in await house.control.send_event("paid", wrong | {"amount": 3}, AGENT, key="fit")
+    assert strict in (await house.control.send_event("paid", wrong | {"amount": 3}, AGENT, key="fit")).took
     assert await house.finished(strict) == 3
 
 

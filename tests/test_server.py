@@ -18,9 +18,10 @@ from clients import MODES, call, ended, refusal, stop, stopped, text, until
 from mcp import Client, StdioServerParameters
 
 from mcp_flow import config, presence
+from mcp_flow.app import open_app
 from mcp_flow.browser import host as hosts
 from mcp_flow.config import Settings
-from mcp_flow.server import build
+from mcp_flow.server import AWAKE_SECONDS, Opening, build
 
 SOURCE = '''
 import asyncio
@@ -61,6 +62,12 @@ async def shows(flow: Flow) -> str:
     await flow.step("open", page.set_content, "<title>Here</title><input id=q>")
     await flow.pause("look")
     return await page.title()
+
+
+@workflow
+async def nap(flow: Flow, seconds: float) -> None:
+    """Sleep for a while."""
+    await flow.sleep(seconds)
 '''
 
 
@@ -77,6 +84,33 @@ async def home(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settin
 def parameters(settings: Settings) -> StdioServerParameters:
     arguments = ["-m", "mcp_flow", "serve", "--home", str(settings.home), "--workflows", str(settings.workflows)]
     return StdioServerParameters(command=sys.executable, args=arguments, env=dict(os.environ))
+
+
+async def test_a_server_that_nobody_calls_keeps_timers(home: Settings) -> None:
+    async with open_app(home, "test") as app:
+        await app.control.start("nap", {"seconds": 1.5}, run_id="nap")
+        await app.control.wait("nap", 0)
+        with anyio.fail_after(20):
+            while (await app.control.run("nap")).status != "waiting-timer":
+                await app.control.wait("nap", 0.05)
+        presence.stop_workers(home)
+        async with Client(build(home)):
+            with anyio.fail_after(20):
+                while not (run := await app.store.run("nap")).ended:
+                    await anyio.sleep(0.05)
+    assert run.status == "finished"
+
+
+async def test_a_server_that_nobody_calls_makes_no_files_where_there_are_no_runs(tmp_path: Path) -> None:
+    settings = config.load(home=tmp_path / "home", workflows=tmp_path / "workflows")
+    opening = Opening(settings)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(opening.serve)
+        with anyio.move_on_after(2 * AWAKE_SECONDS):
+            await opening._opened.wait()
+        assert not settings.home.exists()
+        assert (await opening.app()).settings is settings
+        tasks.cancel_scope.cancel()
 
 
 class Pipes:

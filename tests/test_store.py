@@ -629,7 +629,7 @@ async def test_people_with_sql_find_runs_steps_and_requests(settings: Settings, 
     assert runs == [
         ("r-asking", "buy", "waiting-approval", "Pay?"),
         ("r-cancelled", "buy", "cancelled", "enough"),
-        ("r-failed", "buy", "failed", "no such button"),
+        ("r-failed", "buy", "failed", "ValueError: no such button"),
         ("r-queued", "sell", "queued", None),
         ("r-running", "buy", "running", None),
     ]

@@ -18,7 +18,7 @@ from mcp_flow.answers import form_of
 from mcp_flow.app import App
 from mcp_flow.channel import Channel
 from mcp_flow.errors import FlowError
-from mcp_flow.run import Request, Run
+from mcp_flow.run import Request, Run, asks_for_help
 from mcp_flow.secrets import masked
 from mcp_flow.tools import state
 from mcp_flow.views import how_answered
@@ -61,7 +61,7 @@ async def form(
     rerun_from: str | None,
 ) -> Elicit[Filled] | None:
     """The question of a run that only a person may answer, if a form can hold the answer and the client can ask."""
-    if step or rerun or rerun_from:
+    if step or rerun or rerun_from or (request_id is None and await _goes_on_anyway(ctx, run_id)):
         return None
     asked = await _asked(ctx, run_id, request_id, "input")
     fields = form_of(asked[0].opened.answer_schema) if asked else None
@@ -107,6 +107,16 @@ async def _asked(
     if request.status != "open" and not ctx.input_responses:
         return None
     return request, await _question(app, run, request)
+
+
+async def _goes_on_anyway(ctx: Context[Any], run_id: str) -> bool:
+    """Whether a plain `resume` does something already: whoever says it means that, and no question beside it."""
+    try:
+        run = await (await state.app(ctx)).control.run(run_id)
+    except FlowError:
+        return True
+    held = run.hijack is not None or run.error is not None or run.on_hold
+    return held or any(r.opened.kind == "pause" or asks_for_help(r.opened) for r in run.open_requests())
 
 
 def _can_ask(ctx: Context[Any]) -> bool:

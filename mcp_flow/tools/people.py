@@ -57,5 +57,4 @@ async def send_event(
 ) -> CallToolResult:
     """Send an event that runs wait for with flow.wait_for."""
     app = await state.app(ctx)
-    took = await app.control.send_event(name, payload, AGENT, run_id, key)
-    return answer(state.sent(name, took, run_id))
+    return answer(state.sent(name, await app.control.send_event(name, payload, AGENT, run_id, key), run_id))

@@ -16,6 +16,7 @@ from mcp_flow.views import RunView, next_call, show_request_row
 if TYPE_CHECKING:
     from mcp_flow.app import App
     from mcp_flow.catalog import Description
+    from mcp_flow.control import Sent
     from mcp_flow.run import Run
     from mcp_flow.store import RunRow
 
@@ -124,16 +125,21 @@ async def pending(app: App, run_id: str | None, kind: str | None, limit: int, cu
     return {name: value for name, value in view.items() if value is not None}
 
 
-def sent(name: str, took: Sequence[str], run_id: str | None) -> dict[str, Any]:
+def sent(name: str, what: Sent, run_id: str | None) -> dict[str, Any]:
     """What became of an event that was sent."""
-    kept = run_id is not None and not took
-    note = f"run {run_id} keeps it until it waits for it, or has had it under this key" if kept else None
-    about = took[0] if took else run_id
+    note = None
+    if what.before:
+        note = "it was sent before under this key; nothing changed"
+    elif what.kept:
+        note = f"run {run_id} keeps it until it waits for it"
+    elif not what.took:
+        note = "no run waits for it; with a run_id it is kept"
+    about = what.took[0] if what.took else run_id
     following = f"get_run(run_id={json.dumps(about)}, wait_s=20)" if about else None
     view = {
         "event": name,
-        "taken_by": list(took),
-        "note": note if took or kept else "no run waits for it; with a run_id it is kept",
+        "taken_by": list(what.took),
+        "note": note,
         "next": following or 'list_pending(kind="event")',
     }
     return {word: value for word, value in view.items() if value is not None}
