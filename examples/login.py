@@ -1,12 +1,14 @@
 """A sign-in that may need a code, which nobody knows before the site asks for it.
 
 The step raises `Retriable` with the type of what would help. The run stops there, with its page open, and asks; with
-the answer that step alone runs again. Nothing before it is repeated.
+the answer that step alone runs again. Nothing before it is repeated. A code is a secret: a person types it unseen, with
+`mcp-flow answer`, and it stays out of the journal and out of what agents see.
 """
 
 from urllib.parse import quote
 
 from playwright.async_api import Page
+from pydantic import SecretStr
 
 from mcp_flow import Flow, Retriable, workflow
 
@@ -20,7 +22,7 @@ said.value = code.value === '{CODE}' ? 'Welcome back' : 'We have sent you a code
 
 @workflow
 async def login(flow: Flow) -> str:
-    """Sign in; asks for the code from the mail when the site wants one."""
+    """Sign in; asks a person for the code from the mail when the site wants one."""
     page = await flow.page()
     await flow.step("open site", page.goto, PAGE, restore=True)
     return await flow.step("sign in", sign_in, flow, page)
@@ -32,5 +34,5 @@ async def sign_in(flow: Flow, page: Page) -> str:
     await page.get_by_role("button", name="Sign in").click()
     said = await page.get_by_role("status").inner_text()
     if "Welcome" not in said:
-        raise Retriable(f"the site says: {said}", ask=str)
+        raise Retriable(f"the site says: {said}", ask=SecretStr)
     return said

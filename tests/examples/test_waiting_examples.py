@@ -62,12 +62,17 @@ async def test_refund_asks_nobody_about_a_small_amount(client: Client) -> None:
     assert (await stopped(client, run))["output"] == {"refunded": True, "said": "5 refunded for A-17"}
 
 
-async def test_login_asks_for_the_code_and_tries_that_step_again_in_the_same_page(client: Client) -> None:
+async def test_login_asks_a_person_for_the_code_and_tries_that_step_again_in_the_same_page(
+    client: Client, house: House
+) -> None:
     run = await stopped(client, await call(client, "start_run", workflow="login"))
     for code, status in (("000000", "waiting-input"), ("424242", "finished")):
         assert run["status"] == "waiting-input", run
         assert "We have sent you a code" in run["error"]["message"]
-        run = await stopped(client, await call(client, "resume", run_id=run["run_id"], value=code))
+        request_id = run["pending"][0]["request_id"]
+        assert f"mcp-flow answer {request_id}" in await refusal(client, "resume", run_id=run["run_id"], value=code)
+        await house.control.resume(run["run_id"], PERSON, value=code, has_value=True, request_id=request_id)
+        run = await stopped(client, await call(client, "get_run", run_id=run["run_id"], wait_s=20))
         assert run["status"] == status
     assert run["output"] == "Welcome back"
     shown = await call(client, "get_run", run_id=run["run_id"], since=0, limit=100)
