@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup browser check test demo demo-repair bench soak format clean
+.PHONY: help setup browser check test demo demo-repair bench soak matrix format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make check    formatter, linter, type checker, import rules"
 	@echo "make bench    measure the store, replay and start-up on this machine"
 	@echo "make soak     kill servers and workers at random under 200 runs, for some minutes"
+	@echo "make matrix   kill everybody at every boundary of a run, for some minutes"
 	@echo "make format   format the code"
 	@echo "make clean    remove what make has made"
 
@@ -55,6 +56,9 @@ bench: setup browser
 
 soak: setup browser
 	@$(BIN)/python tests/soak.py
+
+matrix: setup browser
+	MCP_FLOW_TEST_MATRIX=full $(BIN)/python -m pytest tests/crash
 
 format: setup
 	$(BIN)/ruff format .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import sys
@@ -72,7 +73,11 @@ def _run(settings: Settings, body: Callable[[App], Awaitable[T]]) -> T:
 
     async def work() -> T:
         async with open_app(settings, "command") as app:
-            return await body(app)
+            result = await body(app)
+            # Whoever looks at a home folder sees to it that what should run there does; it has its answer by then.
+            with contextlib.suppress(FlowError):
+                await app.control.keep_awake()
+            return result
 
     return anyio.run(work)
 

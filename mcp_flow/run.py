@@ -161,7 +161,7 @@ class Received:
     payload: Any
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Run:
     """A run as far as its journal goes."""
 

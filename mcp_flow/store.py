@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 from sqlite_utils import Database, Migrations
 
@@ -35,6 +36,7 @@ from mcp_flow.secrets import secret_places
 T = TypeVar("T")
 SCHEMA_VERSION = 3
 _CACHED_RUNS = 512
+_KEPT_VIEWS = 64
 _KEPT_EVENTS = 512
 BUSY = 5000
 """Milliseconds for which a program that is not mcp-flow may lock the database."""
@@ -486,7 +488,9 @@ class Store:
         self.now = now or (lambda: datetime.now(UTC))
         self._settings = settings
         self._role = role
-        self._views: dict[str, Run] = {}
+        # Whoever follows a run holds it; of the others a few are kept, so that a server does not grow with its runs.
+        self._views: WeakValueDictionary[str, Run] = WeakValueDictionary()
+        self._recent: OrderedDict[str, Run] = OrderedDict()
         self.on_recorded: Callable[[str, ev.Recorded], None] | None = None
         """Called with each event of a run that is followed here, once it is durable."""
         self._connection = _Connection(settings.database, self.now)
@@ -586,19 +590,29 @@ class Store:
         return [r for r in recorded if r.seq > before]
 
     async def run(self, run_id: str) -> Run:
-        """The run as it is now, to be read only; raises `UnknownRun`. The same object until `forget`."""
+        """The run as it is now, to be read only; raises `UnknownRun`. The same object while anyone holds it."""
         if view := self._views.get(run_id):
+            self._keep(view)
             since = view.seq
             body = lambda: [r for r, _ in _load(self._tx.execute, self._tx.number(run_id), since)]  # noqa: E731
             self._advance(run_id, await self._read(body))
             return view
         # A copy of the fold that the transactions keep: a long journal is read and folded once a process.
         fresh = await self._read(lambda: self._tx.fold_now(run_id).copy())
-        return self._views.setdefault(run_id, fresh)
+        view = self._views.setdefault(run_id, fresh)
+        self._keep(view)
+        return view
 
     def forget(self, run_id: str) -> None:
         """Drop the kept fold of a run that nobody here follows any more."""
         self._views.pop(run_id, None)
+        self._recent.pop(run_id, None)
+
+    def _keep(self, view: Run) -> None:
+        self._recent[view.run_id] = view
+        self._recent.move_to_end(view.run_id)
+        while len(self._recent) > _KEPT_VIEWS:
+            self._recent.popitem(last=False)
 
     async def targets(self) -> set[str]:
         """The target ids of all pages that runs which have not ended have recorded."""

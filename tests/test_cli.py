@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from clients import call, processes, stop, until
 from mcp import Client
 
-from mcp_flow import config
+from mcp_flow import config, presence
+from mcp_flow.app import open_app
 from mcp_flow.cli import main
 from mcp_flow.config import Settings
 from mcp_flow.server import build
@@ -68,6 +69,12 @@ async def shows(flow: Flow) -> str:
     await flow.step("open", page.set_content, "<title>Here</title>", restore=True)
     await flow.pause("look")
     return await page.title()
+
+
+@workflow
+async def nap(flow: Flow) -> None:
+    """Sleep for a moment."""
+    await flow.sleep(0.5)
 '''
 
 
@@ -125,6 +132,18 @@ async def at_terminal(settings: Settings, *arguments: str) -> tuple[int, str]:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
 
     return await anyio.to_thread.run_sync(run)
+
+
+async def test_whoever_lists_the_runs_has_those_go_on_that_nobody_has(home: Settings) -> None:
+    async with open_app(home, "test") as app:
+        run_id = await app.control.start("nap", {})
+        with anyio.fail_after(30):
+            while (await app.store.run(run_id)).status != "waiting-timer":
+                await app.control.wait(run_id, 0.05)
+            await anyio.to_thread.run_sync(presence.stop_workers, home)
+            while not (run := await app.store.run(run_id)).ended:
+                assert run_id in (await invoked(home, "runs")).stdout
+    assert run.status == "finished"
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

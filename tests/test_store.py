@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -618,6 +620,19 @@ async def test_projections_written_along_the_way_are_those_that_a_rebuild_makes(
         before = [connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables]
         await store.rebuild()
         assert [connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables] == before
+
+
+async def test_of_all_the_runs_that_were_looked_at_only_those_somebody_follows_stay_in_memory(store: Store) -> None:
+    for number in range(100):
+        await store.create(f"r{number}", created())
+    followed, looked_at = await store.run("r0"), weakref.ref(await store.run("r1"))
+    for number in range(2, 100):
+        await store.run(f"r{number}")
+    gc.collect()
+    assert looked_at() is None
+    assert await store.run("r0") is followed
+    await store.append("r0", ev.RunCancelled(reason="enough"))
+    assert followed.status == "cancelled"
 
 
 async def test_people_with_sql_find_runs_steps_and_requests(settings: Settings, store: Store, clock: Clock) -> None:
