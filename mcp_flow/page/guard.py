@@ -74,10 +74,7 @@ async def reaching(page: Page, seconds: float) -> AsyncIterator[None]:
 
 def gone() -> PageGone:
     """The error for a page that nothing can be read from any more."""
-    return PageGone(
-        "The page is gone: it was closed or has crashed. get_run says where the run stands; when it is resumed "
-        "it gets a new page."
-    )
+    return PageGone("The page is gone: it was closed or has crashed. get_run says where the run stands.")
 
 
 def clean(text: str) -> str:
