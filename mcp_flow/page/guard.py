@@ -63,8 +63,8 @@ async def reaching(page: Page, seconds: float) -> AsyncIterator[None]:
     except (TimeoutError, PlaywrightTimeout) as error:
         raise FlowError(
             f"The page at {shown_url(page.url)} did not answer within {seconds:g} s: a script in it runs without "
-            "end, a dialog is open, or it has not begun to load. Try again, or stop the script: hijack the run, "
-            "then navigate; cancel ends the run."
+            "end, a dialog is open, or it has not begun to load. Try again; or hijack the run, close the page "
+            "with act, and resume has it rebuilt; cancel ends the run."
         ) from error
     except PlaywrightError as error:
         if page.is_closed() or "crashed" in error.message or "has been closed" in error.message:

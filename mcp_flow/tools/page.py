@@ -110,13 +110,16 @@ async def exec_js(
                     take=take if mode == "write" else None,
                 )
         except FlowError as error:
-            await app.control.note_evaluation(run_id, AGENT, code, mode, f"{type(error).__name__}: {error}")
+            hold = run.hijack if run.hijack and run.hijack.held else None
+            # The journal takes every note for a use of the page, and this one would prolong a person's hold of it.
+            if hold is None or hold.requested.holder == "agent" or not isinstance(error, NotAllowed):
+                await app.control.note_evaluation(run_id, AGENT, code, mode, f"{type(error).__name__}: {error}")
             raise
         await app.control.note_evaluation(run_id, AGENT, code, mode, result.type)
-    return answer(_shown(result, run_id, run.status, max_chars, state.following(app, run)))
+    return answer(shown(result, run_id, run.status, max_chars, state.following(app, run)))
 
 
-def _shown(result: Evaluation, run_id: str, status: str, max_chars: int, following: str) -> dict[str, Any]:
+def shown(result: Evaluation, run_id: str, status: str, max_chars: int, following: str) -> dict[str, Any]:
     """An evaluation's answer: the server's facts, then between markers, as fields too, what the page has a say in."""
     from mcp_flow.page.fit import Fence
 

@@ -250,7 +250,7 @@ async def test_it_stops_at_the_first_that_fails_and_says_what_was_done(page: Pag
     assert "- textbox" in text
 
 
-@settings(max_examples=6, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
 @given(texts=HOSTILE)
 async def test_any_page_text_whatever_stays_inside_its_markers(page: Page, texts: list[str]) -> None:
     await page.set_content(
@@ -275,11 +275,10 @@ async def test_any_page_text_whatever_stays_inside_its_markers(page: Page, texts
     assert covered.error
     for text in (report(pressed), str(stale.error or report(stale)), str(covered.error)):
         text.encode()
-        nonce = re.search(r"<<page text (\w{12}): ", text)
-        assert nonce or text == str(stale.error)
-        assert not nonce or text.count(nonce[1]) == 3, "twice in the first marker, once in the last"
-        for line in outside(text).split("\n"):
-            assert not line or re.match("|".join(SERVER_LINES), line), line
+        said = re.sub(r"<<page text (\w{12}): [^\n]*>>\n.*\n<<end \1>>\n", "", text, flags=re.DOTALL)
+        assert "<<" not in said
+        for line in said.split("\n"):
+            assert re.match("|".join(SERVER_LINES), line), text
 
 
 SERVER_LINES = [
@@ -288,10 +287,10 @@ SERVER_LINES = [
     r"navigated: [!-~]+$",
     r"The page has not come to rest yet\.$",
     r"healed: e99 was gone or changed; the only element of its role and name was used$",
-    r"actions\[0\], click #b: Timeout \d+ms exceeded\.$",
+    r"actions\[0\], (click #b|hover e99): Timeout \d+ms exceeded\.$",
     r"actions\[0\], hover e99: ref e99(, link without a name .*,)? is gone",
     r"Next: act with what is left, by the refs below; snapshot shows the whole page\.$",
-    r"<<page text \w+: |<<end \w+>>$|\[the page\]$",
+    r"\[the page\]$",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from playwright.async_api import Dialog, Page, Route
+from seeing import HOSTILE
 
 from mcp_flow.errors import EvaluationError, InvalidInput, PageGone
 from mcp_flow.page.access import cdp_session
@@ -18,6 +20,8 @@ from mcp_flow.page.exec_js import Evaluation, evaluate
 from mcp_flow.page.guard import HIDDEN
 from mcp_flow.page.looks import Looks
 from mcp_flow.page.snapshot import look
+from mcp_flow.tools.page import shown
+from mcp_flow.tools.register import answer
 
 pytestmark = pytest.mark.anyio
 
@@ -450,6 +454,30 @@ async def test_any_value_round_trips_or_is_said_to_be_cut(
         assert len(result.value) <= max_chars < 2 * len(full)
     else:
         assert (result.type, result.value) == ("array", [value])
+
+
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+@given(texts=HOSTILE)
+async def test_any_page_text_whatever_stays_inside_its_markers(page: Page, texts: list[str]) -> None:
+    value, tag, line, thrown = map(json.dumps, texts)
+    code = (
+        f"console.log({line}); return {{[Symbol.toStringTag]: {tag}, get [{tag}]() {{ throw {thrown} }}, v: {value}}}"
+    )
+    result = await evaluate(page, code, mode="write")
+    raw = answer(shown(result, "r1", "paused", 8000, "resume()")).content[0].text
+    raw.encode()
+    fields = list(json.loads(raw))
+    assert fields[fields.index("untrusted") :] == ["untrusted", "value", "type", "console", "end"]
+    assert set(fields[: fields.index("untrusted")]) <= {"run_id", "status", "ms", "cut", "next"}
+    nonce = re.search(r'"untrusted":"<<page text (\w{12}): ', raw)
+    assert nonce
+    assert raw.count(nonce[1]) == 3, "twice in the first marker, once in the last"
+    with pytest.raises(EvaluationError) as caught:
+        await evaluate(page, f"throw 'x' + {value} + {thrown}")
+    first, marker, *_, last = str(caught.value).split("\n")
+    assert first in ("The code threw:", "The code threw at its line 1:")
+    assert marker.startswith("<<page text ")
+    assert re.fullmatch(r"<<end \w{12}>>", last)
 
 
 async def test_a_closed_page_is_gone(own_page: Page) -> None:
