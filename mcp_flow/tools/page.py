@@ -11,7 +11,7 @@ from mcp.server.mcpserver import Context
 from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field
 
-from mcp_flow.errors import FlowError, NotAllowed
+from mcp_flow.errors import FlowError, NotAllowed, PageGone
 from mcp_flow.secrets import masked
 from mcp_flow.tools import state
 from mcp_flow.tools.register import answer
@@ -173,7 +173,12 @@ async def act(
     with state.carried_through():
         async with app.page(run, page) as live:
             if app.looks.last(key) is None:
-                await remember(live, looks=app.looks, key=key, secrets=hidden)
+                try:
+                    await remember(live, looks=app.looks, key=key, secrets=hidden)
+                except PageGone:
+                    raise
+                except FlowError:  # a page that its own script keeps busy can't be seen, but closed
+                    pass
 
             async def observe() -> str:
                 run = await app.control.run(run_id)
