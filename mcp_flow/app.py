@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -17,7 +18,7 @@ from mcp_flow.page.looks import Looks
 from mcp_flow.run import Run
 from mcp_flow.secrets import Secrets, masked_in
 from mcp_flow.store import Store
-from mcp_flow.views import RunView, show_run
+from mcp_flow.views import RunView, next_call, show_run
 
 if TYPE_CHECKING:
     from playwright.async_api import Page
@@ -43,42 +44,71 @@ class App:
 
     @asynccontextmanager
     async def page(self, run: Run, name: str = "main") -> AsyncIterator[Page]:
-        """The run's page of this name, attached from this very process; raises `PageGone` with what is left."""
+        """The run's page of this name, attached from this very process; raises `PageGone` with what is left.
+
+        So does what is done with the page when it goes meanwhile.
+        """
+        if run.ended:
+            raise PageGone(
+                f"Run {run.run_id} is {run.status}, and its pages are closed with it. "
+                f"get_run(run_id={json.dumps(run.run_id)}) says where the run stands."
+            )
+        if name not in run.pages and not (name == "main" and run.page_state):
+            unknown = f"Run {run.run_id} has no page {name!r}"
+            if run.page_state and not run.pages:
+                raise PageGone(f"{unknown} any more. {await self.left(run, 'main')}")
+            names, run_id = ", ".join(run.pages) or "none yet", json.dumps(run.run_id)
+            following = f"get_run(run_id={run_id}) says where the run stands."
+            if other := next(iter(run.pages), None):
+                following = f"snapshot(run_id={run_id}, page={json.dumps(other)}) shows {other!r}."
+            raise PageGone(f"{unknown}; its pages: {names}. {following}")
+        page = await self._attached(run, run.pages.get(name, ""))
+        if page is None:
+            raise await self._gone(run, name)
+        try:
+            yield page
+        except PageGone as error:
+            raise await self._gone(run, name) from error
+        finally:
+            await _detach(page)
+
+    async def left(self, run: Run, name: str) -> str:
+        """Which pages of a run are left without this one, and the calls that show one and that get this one back."""
+        from mcp_flow.browser.session import is_popup
+
+        run = await self.store.run(run.run_id)
+        run_id, status = json.dumps(run.run_id), self.status(run)
+        living = []
+        for other, target_id in list(run.pages.items()):  # the journal grows meanwhile
+            if other != name and (page := await self._attached(run, target_id)):
+                living.append(other)
+                await _detach(page)
+        shown = f"snapshot(run_id={run_id}, page={json.dumps(living[0])}) shows {living[0]!r}. " if living else ""
+        back = f"{name!r} was a popup, which only what opened it opens again."
+        if not is_popup(name):
+            onward = f"resume(run_id={run_id})" if status == "failed" else next_call(run, status, self.settings.typed)
+            back = f"{name!r} is rebuilt when the run goes on: {onward}"
+        return f"Pages left: {', '.join(living) or 'none'}. {shown}{back}"
+
+    async def _gone(self, run: Run, name: str) -> PageGone:
+        return PageGone(
+            f"The page {name!r} of run {run.run_id} is gone: it was closed or has crashed, or its browser has ended. "
+            + await self.left(run, name)
+        )
+
+    async def _attached(self, run: Run, target_id: str) -> Page | None:
+        """The page with this target id on a connection of its own, if it is open."""
         # Playwright takes a third of a second to import, which a server that never looks need not spend.
         from mcp_flow.browser import host as hosts
         from mcp_flow.browser.session import Driver, attach
 
-        target_id = run.pages.get(name)
-        again = f'get_run(run_id="{run.run_id}") says where the run stands.'
-        if run.ended:
-            raise PageGone(f"Run {run.run_id} is {run.status}, and its pages are closed with it. {again}")
-        gone = PageGone(
-            f"The page {name!r} of run {run.run_id} is gone: it was closed, or its browser has ended. "
-            f'resume(run_id="{run.run_id}") rebuilds it from its checkpoint, once the run has stopped.'
-        )
-        if target_id is None:
-            if name == "main" and run.page_state:
-                raise gone
-            names = ", ".join(run.pages) or "none yet"
-            raise PageGone(f"Run {run.run_id} has no page {name!r}; its pages: {names}. {again}")
         assert run.created
         self._driver = self._driver or Driver()
         for host in hosts.living(self.settings):
-            if host.headless is not run.created.headless:
-                continue
-            try:
-                page = await attach(self._driver, host, target_id)
-            except PageGone:
-                continue
-            try:
-                yield page
-            finally:
-                browser = page.context.browser
-                if browser:
-                    with anyio.CancelScope(shield=True), anyio.move_on_after(5):
-                        await browser.close()
-            return
-        raise gone
+            if target_id and host.headless is run.created.headless:
+                with suppress(PageGone):
+                    return await attach(self._driver, host, target_id)
+        return None
 
     async def explain(self, run: Run, message: str) -> str | None:
         """Why a page of the run did not reach the net, where Playwright's message says no more than that."""
@@ -115,6 +145,13 @@ class App:
         """End the Playwright driver, if one was needed."""
         if self._driver:
             await self._driver.stop()
+
+
+async def _detach(page: Page) -> None:
+    """End the connection that a page was attached by; the page stays."""
+    if browser := page.context.browser:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(5):
+            await browser.close()
 
 
 @asynccontextmanager

@@ -336,9 +336,10 @@ class Control:
                 raise RunEnded(f"Run {run_id} is {run.status}; its page is closed.")
             if run.hijack and run.hijack.held:
                 held = run.hijack.requested
+                following = hand_back(run, self._settings.typed) if run.hijack.stopped else _awaited(run)
                 raise Conflict(
                     f"Run {run_id} is held by the {held.holder} already since {run.hijack.at}: {held.reason!r}. "
-                    + hand_back(run, self._settings.typed)
+                    + following
                 )
             assert run.created
             if holder == "human" and run.created.headless:
@@ -370,23 +371,34 @@ class Control:
         await self._store.decide(run_id, plan)
         await self._wake(run_id)
 
-    async def take_page(self, run_id: str, channel: Channel, reason: str) -> Run:
-        """The run, with its page in the caller's hands: one that is paused or has failed is taken by this very call.
+    async def check_page(self, run_id: str, channel: Channel) -> Run:
+        """The run, if `take_page` would succeed, which is left to who has something to do with the page.
 
-        Raises `NotAllowed` with the call to make first for any other run that nobody has taken, `RunEnded`, `Conflict`.
+        Raises `NotAllowed` with the call to make first for a run that goes on and that nobody has taken, `RunEnded`.
         """
         await self._keep_due()
         run = await self.run(run_id)
         if run.ended:
             raise RunEnded(f"Run {run_id} is {run.status}; its page is closed.")
         check_holder(run, channel, self._settings.typed)
-        if run.hijack and run.hijack.held and run.hijack.stopped:
-            return run
-        if run.status not in ("paused", "failed"):
+        held = run.hijack is not None and run.hijack.held
+        if held and not (run.hijack and run.hijack.stopped):
+            raise NotAllowed(f"Run {run_id} is {run.status} and has not stopped yet. {_awaited(run)}")
+        if not held and run.status not in ("paused", "failed"):
             raise NotAllowed(
                 f"Run {run_id} is {run.status}; acting on its page would race with its code. "
                 f'hijack(run_id={json.dumps(run_id)}, reason="…") stops it and takes the page first.'
             )
+        return run
+
+    async def take_page(self, run_id: str, channel: Channel, reason: str) -> Run:
+        """The run, with its page in the caller's hands: one that is paused or has failed is taken by this very call.
+
+        Raises what `check_page` does, and `Conflict`.
+        """
+        run = await self.check_page(run_id, channel)
+        if run.hijack and run.hijack.held:
+            return run
         await self.hijack(run_id, channel, reason)
         return await self._store.run(run_id)
 
@@ -413,24 +425,28 @@ class Control:
             raise BrokenWorkflow(f"{entry} would hold no workflow: none of its functions is marked @workflow.")
         await self._store.save_revision(revision.hash, entry, revision.files)
 
-        def swap() -> Revision | None:
-            with presence.changing_of_the_guard(self._settings):
-                before = capture(root, entry) if (root / entry).exists() else None
-                now = before.hash if before else None
-                if (now or "") != (expected_revision or "") and not (
-                    now and expected_revision and len(expected_revision) >= 8 and now.startswith(expected_revision)
-                ):
-                    stands = f"holds revision {now[:12]}" if now else "is not there"
-                    raise Conflict(
-                        f"{entry} {stands}, not the expected {expected_revision or 'nothing'}; nothing was written. "
-                        f"list_workflows(name={found[0]!r}) shows what stands there now."
-                    )
-                write(root, entry, content)
-                return before
+        def standing() -> Revision | None:
+            before = capture(root, entry) if (root / entry).exists() else None
+            now = before.hash if before else None
+            if (now or "") != (expected_revision or "") and not (
+                now and expected_revision and len(expected_revision) >= 8 and now.startswith(expected_revision)
+            ):
+                stands = f"holds revision {now[:12]}" if now else "is not there"
+                raise Conflict(
+                    f"{entry} {stands}, not the expected {expected_revision or 'nothing'}; nothing was written. "
+                    f"list_workflows(name={found[0]!r}) shows what stands there now."
+                )
+            return before
 
-        before = await anyio.to_thread.run_sync(swap)
-        if before is not None:
+        def swap() -> None:
+            with presence.changing_of_the_guard(self._settings):
+                standing()
+                write(root, entry, content)
+
+        # Before it is written over: killed in between, this process would leave nobody who has it.
+        if (before := await anyio.to_thread.run_sync(standing)) is not None:
             await self._store.save_revision(before.hash, entry, before.files)
+        await anyio.to_thread.run_sync(swap)
         return str(root / entry), revision.hash
 
     # --- events ---
@@ -710,6 +726,11 @@ class Control:
     async def _difference(self, run: Run, revision: Revision, limit: int) -> str:
         _, before = await self._store.load_revision(run.revision)
         return diff(before, revision.files, limit)
+
+
+def _awaited(run: Run) -> str:
+    """What to call while a run that is to be hijacked goes on."""
+    return f"It stops at its next action or step: get_run(run_id={json.dumps(run.run_id)}, wait_s=20) waits for that."
 
 
 def _find_step(run: Run, name: str) -> str:

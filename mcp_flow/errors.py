@@ -138,11 +138,19 @@ class PageGone(FlowError):
     """The page was closed, crashed or never opened."""
 
 
-class EvaluationError(FlowError):
+class PageRefusal(FlowError):
+    """Something could not be done in a page; `quoted` is what the page itself says of it, a line or more."""
+
+    def __init__(self, message: str, quoted: str = "") -> None:
+        super().__init__(message)
+        self.quoted = quoted
+
+
+class EvaluationError(PageRefusal):
     """Code evaluated in a page failed, ran too long or tried to change the page in `read` mode."""
 
 
-class ActionFailed(FlowError):
+class ActionFailed(PageRefusal):
     """An action could not be carried out on the page; those before it are done and stay done."""
 
 

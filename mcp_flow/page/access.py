@@ -54,8 +54,13 @@ class Answered:
     message: str
     outcome: str
 
+    @property
+    def quoted(self) -> str:
+        """What it said, which is text of the page."""
+        return json.dumps(self.message, ensure_ascii=False)
+
     def __str__(self) -> str:
-        return f"{self.type} {json.dumps(self.message, ensure_ascii=False)} {self.outcome}"
+        return f"{self.type} {self.quoted} {self.outcome}"
 
 
 class Dialogs:

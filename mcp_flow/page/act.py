@@ -16,9 +16,10 @@ from playwright.async_api import CDPSession, Download, Frame, Locator, Page
 from playwright.async_api import Error as PlaywrightError
 from playwright.async_api import TimeoutError as PlaywrightTimeout
 
-from mcp_flow.errors import ActionFailed, FlowError, PageGone, StaleRef
+from mcp_flow.errors import ActionFailed, FlowError, PageRefusal, StaleRef
 from mcp_flow.page.access import Dialogs, cdp_session, dialogs_answered, turn
 from mcp_flow.page.actions import Action, absolute_url, allowed_file, checked
+from mcp_flow.page.fit import Fence
 from mcp_flow.page.guard import (
     HIDDEN,
     Secrets,
@@ -55,8 +56,12 @@ Known = Callable[[str], tuple[str, str | None] | None]
 
 The name is Playwright's own, before anything in it was cleaned, hidden or cut: the element is found by it.
 """
+Take = Callable[[], Awaitable[object]]
+"""Takes the page from the run's code; raises `FlowError` where that is not to be."""
 Explain = Callable[[str], Awaitable[str | None]]
 """Says why a page did not reach the net, where Playwright's message says no more than that."""
+Left = Callable[[], Awaitable[str]]
+"""Says, when the page is gone, what is left and how to get a page back."""
 Mask = Callable[[str], str]
 """Replaces the values of known secrets, each by `[secret NAME]`."""
 
@@ -64,12 +69,25 @@ _NAMELESS = frozenset({"generic", "iframe", "text"})
 """The roles of a snapshot by which Playwright finds no element."""
 
 
+async def _nothing_left() -> str:
+    return "get_run says where the run stands."
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What an action opened, in one line without anything that is secret."""
+    """What an action opened, in one line without anything that is secret; `quoted` is what the page says of it."""
 
     kind: Literal["popup", "dialog", "download"]
     text: str
+    quoted: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """A stale ref, and the other element that was used: its role, name and locator, which are text of the page."""
+
+    ref: str
+    quoted: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +102,7 @@ class Acted:
 
     done: tuple[str, ...]
     python: tuple[str, ...]
-    healed: tuple[str, ...]
+    healed: tuple[Healed, ...]
     opened: tuple[Opened, ...]
     navigated: str | None
     settled: bool
@@ -103,7 +121,9 @@ async def act(
     folders: Sequence[Path] = (),
     look: str = "snapshot",
     name: str = "page",
+    take: Take | None = None,
     explain: Explain | None = None,
+    left: Left = _nothing_left,
 ) -> Acted:
     """Carries out `actions` on `page`, one after the other, until one fails.
 
@@ -111,8 +131,8 @@ async def act(
     has another role or name than `known` gives, stands for the only element that has this role and name, if there is
     exactly one. After each action the page is given a second at most to come to rest. Dialogs are answered as the
     action before said, else dismissed. Files are uploaded from `folders` only. `look` is the call that shows the
-    page and `name` the page's variable in the workflow, for the texts of errors and of statements. Calls to one page
-    queue.
+    page and `name` the page's variable in the workflow, for the texts of errors and of statements. The page is taken
+    by `take` when the first action is about to touch it. Calls to one page queue.
 
     Raises `InvalidInput` for actions that can't be tried, before any is, and `PageGone`.
     """
@@ -120,55 +140,73 @@ async def act(
     if page.is_closed():
         raise gone()
     async with turn(page):
-        return await aside(page, lambda: _acted(page, chosen, observe, known, mask, folders, look, name, explain))
+        asked = _Asked(chosen, observe, known, mask, folders, look, name, take, explain, left)
+        return await aside(page, lambda: _acted(page, asked))
 
 
-def report(acted: Acted) -> str:
-    """What an agent reads about it, one fact a line, what the page shows at its end."""
+def report(acted: Acted, failure: Sequence[str] = ()) -> str:
+    """What an agent reads about it, one fact a line, what the page shows at its end.
+
+    What comes from the page stands between markers: its own words of a `failure`, of what was healed and of what
+    opened, and the Python, in whose locators its names are.
+    """
     lines = [f"done in {acted.ms:.0f} ms: {', '.join(acted.done) or 'nothing'}"]
-    lines += [f"healed: {note}" for note in acted.healed]
+    lines += [
+        f"healed: {one.ref} was gone or changed; the only element of its role and name was used" for one in acted.healed
+    ]
     lines += [f"{one.kind}: {one.text}" for one in acted.opened]
     if acted.navigated:
         lines.append(f"navigated: {acted.navigated}")
     if not acted.settled:
         lines.append("The page has not come to rest yet.")
+    quoted = [*failure, *(f"healed {one.ref}: {one.quoted}" for one in acted.healed)]
+    quoted += [f"{one.kind}: {one.quoted}" for one in acted.opened if one.quoted]
     if acted.python:
-        lines += ["python:", *("  " + line for code in acted.python for line in code.split("\n"))]
-    return "\n".join([*lines, acted.difference])
+        quoted += ["python:", *("  " + line for code in acted.python for line in code.split("\n"))]
+    return "\n".join([*lines, *Fence().around(quoted), acted.difference])
 
 
-async def _acted(
-    page: Page,
-    actions: tuple[Action, ...],
-    observe: Observe,
-    known: Known,
-    mask: Mask,
-    folders: Sequence[Path],
-    look: str,
-    name: str,
-    explain: Explain | None,
-) -> Acted:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The actions of one call, and what `act` was given for them."""
+
+    actions: tuple[Action, ...]
+    observe: Observe
+    known: Known
+    mask: Mask
+    folders: Sequence[Path]
+    look: str
+    name: str
+    take: Take | None
+    explain: Explain | None
+    left: Left
+
+
+async def _acted(page: Page, asked: _Asked) -> Acted:
     started = time.perf_counter()
     async with traffic_of(page) as traffic, dialogs_answered(page) as dialogs, _news_of(page) as news:
-        hands = _Hands(page, known, mask, folders, name, traffic, dialogs, news)
+        hands = _Hands(page, asked, traffic, dialogs, news)
         try:
-            failure = await hands.carry_out_all(actions)
-            if failure and explain and (why := await explain(str(failure))):
-                failure = ActionFailed(why)
-            difference, _ = await asyncio.gather(hands.difference(observe, look), hands.learn_secrets())
+            failure = await hands.carry_out_all(asked.actions)
+            if isinstance(failure, PageRefusal) and asked.explain:
+                why = await asked.explain(f"{failure}\n{failure.quoted}")
+                failure = ActionFailed(why) if why else failure
+            difference, _ = await asyncio.gather(hands.difference(), hands.learn_secrets())
         finally:
             await hands.put_down()
-        opened = [Opened("dialog", str(one)) for one in await dialogs.answered()]
-    opened += [Opened("popup", shown_url(popup.url)) for popup in news.popups]
+        opened = [Opened("dialog", f"{one.type} {one.outcome}", one.quoted) for one in await dialogs.answered()]
+    opened += [Opened("popup", shown_url(hands.shown(popup.url))) for popup in news.popups]
     opened += [
-        Opened("download", f"{json.dumps(d.suggested_filename, ensure_ascii=False)} from {d.url}")
+        Opened(
+            "download", f"from {shown_url(hands.shown(d.url))}", json.dumps(d.suggested_filename, ensure_ascii=False)
+        )
         for d in news.downloads
     ]
     acted = Acted(
         tuple(hands.shown(one) for one in hands.done),
         hands.statements(),
-        tuple(hands.shown(one) for one in hands.healed),
-        tuple(Opened(one.kind, shortened(hands.shown(one.text), 500)) for one in opened),
+        tuple(replace(one, quoted=hands.shown(one.quoted)) for one in hands.healed),
+        tuple(replace(one, quoted=shortened(hands.shown(one.quoted), 500)) for one in opened),
         shown_url(hands.shown(page.url)) if news.navigated and not page.is_closed() else None,
         hands.settled,
         difference,
@@ -177,18 +215,20 @@ async def _acted(
     )
     if failure is None:
         return acted
-    return _stopped(acted, failure, hands, actions, look)
+    return _stopped(acted, failure, hands, asked)
 
 
-def _stopped(acted: Acted, failure: FlowError, hands: _Hands, actions: tuple[Action, ...], look: str) -> Acted:
+def _stopped(acted: Acted, failure: FlowError, hands: _Hands, asked: _Asked) -> Acted:
     """The outcome with the error that ended it, whose text holds everything."""
     at = len(acted.done)
-    parts = [f"actions[{at}], {hands.shown(str(actions[at]))}: {hands.shown_lines(str(failure))}"]
-    if rest := actions[at + 1 :]:
+    parts = [f"actions[{at}], {hands.shown(str(asked.actions[at]))}: {hands.shown_lines(str(failure))}"]
+    if rest := asked.actions[at + 1 :]:
         parts.append(f"Not begun: {hands.shown(', '.join(map(str, rest)))}.")
-    if not isinstance(failure, PageGone):
-        parts.append(f"Next: act with what is left, by the refs below; {look} shows the whole page.")
-    return replace(acted, error=type(failure)("\n".join([*parts, report(acted)])))
+    quoted: list[str] = []
+    if isinstance(failure, PageRefusal):
+        parts.append(f"Next: act with what is left, by the refs below; {asked.look} shows the whole page.")
+        quoted = hands.shown_lines(failure.quoted).split("\n") if failure.quoted else []
+    return replace(acted, error=type(failure)("\n".join([*parts, report(acted, quoted)])))
 
 
 class _News:
@@ -238,23 +278,22 @@ class _Hands:
     def __init__(
         self,
         page: Page,
-        known: Known,
-        mask: Mask,
-        folders: Sequence[Path],
-        name: str,
+        asked: _Asked,
         traffic: Traffic,
         dialogs: Dialogs,
         news: _News,
     ) -> None:
         self.done: list[str] = []
         self.python: list[str] = []
-        self.healed: list[str] = []
+        self.healed: list[Healed] = []
         self.settled = True
         self._page = page
-        self._known = known
-        self._mask = mask
-        self._folders = folders
-        self._name = name
+        self._asked = asked
+        self._known = asked.known
+        self._mask = asked.mask
+        self._folders = asked.folders
+        self._name = asked.name
+        self._taken = asked.take is None
         self._traffic = traffic
         self._dialogs = dialogs
         self._news = news
@@ -310,10 +349,17 @@ class _Hands:
             statement = opening(statement, f"{self._name}.expect_download()", "download")
         self.python.append(statement)
 
-    async def difference(self, observe: Observe, look: str) -> str:
+    async def _take(self) -> None:
+        """Takes the page, before anything is done to it and once only."""
+        if not self._taken and self._asked.take:
+            await self._asked.take()
+        self._taken = True
+
+    async def difference(self) -> str:
         """What `observe` gives, or why there is nothing to be seen."""
+        look = self._asked.look
         if self._page.is_closed():
-            return "[The page is closed. get_run says where the run stands.]"
+            return f"[The page is closed. {await self._asked.left()}]"
         if not await self._traffic.answered(ANSWER_SECONDS):
             return (
                 "[The server has not answered yet, and till then nothing of the page can be read. "
@@ -328,11 +374,14 @@ class _Hands:
             note += "[No dialog opened after the answer to one was given.]\n"
         try:
             async with asyncio.timeout(OBSERVE_SECONDS):
-                return note + await observe()
+                return note + await self._asked.observe()
         except TimeoutError:
             return f"{note}[The page could not be read within {OBSERVE_SECONDS:g} s. {look} tries again.]"
-        except (FlowError, PlaywrightError) as error:
+        except FlowError as error:
             return f"{note}[The page could not be read: {self.shown(str(error))[:500]}]"
+        except PlaywrightError as error:
+            said = Fence().around([shortened(self.shown(error.message), 500)])
+            return "\n".join([f"{note}[The page could not be read. {look} tries again.]", *said])
 
     async def learn_secrets(self) -> None:
         """Adds what the page's secret fields hold now to what is hidden."""
@@ -357,8 +406,11 @@ class _Hands:
             return gone()
         if not isinstance(error, PlaywrightError):
             return ActionFailed(f"it did not end within {seconds:g} s; it may have been done.")
-        # The log of an action on a secret field quotes what it was given.
-        return ActionFailed(message.split("\n")[0] if self._in_secret else _abridged(message))
+        first, _, log = _abridged(message).partition("\n")
+        if isinstance(error, PlaywrightTimeout):
+            # The log of an action on a secret field quotes what it was given.
+            return ActionFailed(first, "" if self._in_secret else log)
+        return ActionFailed("the browser could not do it.", first if self._in_secret else f"{first}\n{log}".rstrip())
 
     async def _listening_session(self) -> CDPSession:
         """Open before anything is done: only such a session can stop a script without end."""
@@ -393,6 +445,8 @@ class _Hands:
     async def _perform(self, action: Action) -> str:
         """Does it and gives the Python that does the same."""
         page, value = self._page, action.text
+        if not action.target and action.op != "wait":
+            await self._take()
         match action.op:
             case "click":
                 target = await self._target(action)
@@ -510,9 +564,10 @@ class _Hands:
 
     async def _target(self, action: Action) -> _Target:
         """The element of the action, there now and told from all others."""
-        if action.ref:
-            return await self._by_ref(action.ref, action)
-        return await self._by_locator(action.locator or "", action)
+        found = self._by_ref(action.ref, action) if action.ref else self._by_locator(action.locator or "", action)
+        target = await found
+        await self._take()
+        return target
 
     async def _by_ref(self, ref: str, action: Action) -> _Target:
         was = self._known(ref)
@@ -550,10 +605,11 @@ class _Hands:
         if sum(counts) == 1:
             count_now, target = await self._examined(candidates[counts.index(1)], action)
             if count_now == 1 and target:
-                self.healed.append(f"{ref} was gone or changed; used the only {what} there is, {target.code}")
+                self.healed.append(Healed(ref, f"{what}, {target.code}"))
                 return target
         raise StaleRef(
-            f"ref {ref}, {what}, is gone or changed, and {sum(counts) or 'no'} elements have its role and name."
+            f"ref {ref} is gone or changed, and {sum(counts) or 'no'} elements have its role and name.",
+            f"ref {ref} was {what}",
         )
 
     async def _by_locator(self, selector: str, action: Action) -> _Target:

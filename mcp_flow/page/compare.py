@@ -146,18 +146,18 @@ def rows(now: Outline, difference: Difference, limit: int) -> list[Row]:
         mark = "+" if index in difference.added else "~" if index in difference.changed else " "
         if fold := folded.get(index):
             skipped = fold.end
-            shown.append(Row(index, depth, fold.text, fold, mark))
+            shown.append(fold.row(depth, mark))
             continue
-        shown.append(Row(index, depth, now.shown(index, limit), None, mark))
+        shown.append(Row(index, depth, now.shown(index, limit), mark=mark))
         shown.extend(_gone(gone.get(index, []), index, depth + 1))
     return shown
 
 
 def _gone(parts: Sequence[Removed], index: int, depth: int) -> list[Row]:
     shown = [
-        Row(index, depth, part.text + (f" (with {part.lines - 1} lines under it)" if part.lines > 1 else ""), None, "-")
+        Row(index, depth, part.text, f"with {part.lines - 1} lines under it" if part.lines > 1 else "", mark="-")
         for part in parts[:SHOWN_REMOVED]
     ]
     if more := sum(part.lines for part in parts[SHOWN_REMOVED:]):
-        shown.append(Row(index, depth, f"- {more} lines more", None, "-"))
+        shown.append(Row(index, depth, "-", f"{more} lines more", mark="-"))
     return shown

@@ -7,7 +7,7 @@ import json
 import re
 import secrets as tokens
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from playwright.async_api import Error as PlaywrightError
 
 from mcp_flow.errors import EvaluationError, FlowError, InvalidInput
 from mcp_flow.page.access import Answered, cdp_session, dialogs_answered, turn
+from mcp_flow.page.fit import Fence
 from mcp_flow.page.guard import Secrets, aside, clean, gone, reaching, read_secrets, shortened, whole
 
 SECONDS = 5.0
@@ -37,9 +38,11 @@ class Evaluation:
     """What came of evaluated code. `value` is JSON; what JSON lacks is tagged, as in `{"$Map": [[1, 2]]}`.
 
     `type` names the value ("string", "undefined", "Map", "Element", ...), whose own tag is left away. Where the
-    value was `cut`, it is the beginning of its text, and `type` says so. `navigated` is the new URL if the code
-    made the page navigate; `ms` is how long the code took, in milliseconds. `dialogs` says of each dialog that the
-    code opened what it asked and how it was closed.
+    value was `cut`, it is the beginning of its text, and `type` says so. Where it was `abridged` it is whole, but
+    texts of functions and descriptions of nodes in it end with a `…`, or symbols that are keys are missing.
+    `navigated` is the new URL if the code made the page navigate; `ms` is how long the code took, in milliseconds.
+    `dialogs` says of each dialog that the code opened what it asked and how it was closed; `unheard` is how many
+    more console lines there were than `console` has. All of it but the figures is text of the page.
     """
 
     value: Any
@@ -49,6 +52,8 @@ class Evaluation:
     ms: float
     cut: bool
     dialogs: tuple[str, ...] = ()
+    abridged: bool = False
+    unheard: int = 0
 
 
 async def evaluate(
@@ -61,13 +66,15 @@ async def evaluate(
     timeout_ms: int = 5000,
     max_chars: int = 8000,
     secrets: Iterable[str] = (),
+    take: Callable[[], Awaitable[object]] | None = None,
 ) -> Evaluation:
     """Evaluates `code` in `page`: an expression, statements with `return`, or a function, which is called.
 
     `ref` (of the latest snapshot) or `locator` (a Playwright selector) binds one element, which the code knows as
     `element` and a function gets as its argument; the code then runs in the element's frame. A promise is awaited.
     `read` lets nothing through that V8 cannot tell to be free of side effects. What secret fields hold, and the
-    `secrets`, are hidden in everything that comes back. Calls to one page queue.
+    `secrets`, are hidden in everything that comes back. `take` is called once the code is known to compile and its
+    element is found, and may raise `FlowError`: nothing runs then. Calls to one page queue.
 
     Raises `EvaluationError` when the code throws, does not compile, has a side effect in `read` mode, does not end
     within `timeout_ms`, or its element is not exactly one; `InvalidInput` for code that is empty or both bindings;
@@ -81,7 +88,7 @@ async def evaluate(
         raise gone()
     named = Secrets.of(secrets)
     async with turn(page):
-        return await aside(page, lambda: _evaluated(page, code, mode, ref, locator, timeout_ms, max_chars, named))
+        return await aside(page, lambda: _evaluated(page, code, mode, ref, locator, timeout_ms, max_chars, named, take))
 
 
 async def _evaluated(
@@ -93,6 +100,7 @@ async def _evaluated(
     timeout_ms: int,
     max_chars: int,
     named: Secrets,
+    take: Callable[[], Awaitable[object]] | None,
 ) -> Evaluation:
     async with AsyncExitStack() as stack:
         async with reaching(page, SECONDS):
@@ -109,11 +117,14 @@ async def _evaluated(
                     task.cancel()
                 await asyncio.wait(tasks)
         secrets = reading.result() | named
+        if take:
+            await take()
         try:
             attempt = _Attempt(page, binding.result(), code, mode, timeout_ms, max_chars, secrets)
             return await attempt.run(compiling.result())
         except EvaluationError as error:
-            raise EvaluationError(clean_lines(secrets.hide(str(error)))) from None
+            said = clean_lines(secrets.hide(error.quoted)).split("\n") if error.quoted else []
+            raise EvaluationError("\n".join([clean_lines(secrets.hide(str(error))), *Fence().around(said)])) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +308,8 @@ class _Attempt:
             round(ms, 1),
             cut,
             _lines(list(map(str, seen.dialogs)), secrets),
+            bool(packed["s"]),
+            max(0, len(seen.console) - MAX_CONSOLE),
         )
 
     async def _secrets_now(self) -> Secrets:
@@ -354,7 +367,7 @@ class _Attempt:
             )
         except _ContextLostError:
             seen.expected = True
-            return {"t": "undefined", "v": None, "c": False}
+            return {"t": "undefined", "v": None, "c": False, "s": False}
         return _unpacked(answer["result"]["value"])
 
     def _parts(self) -> dict[str, Any]:
@@ -391,7 +404,7 @@ class _Attempt:
                 raise EvaluationError("The page navigated meanwhile. Take a new snapshot and try again.") from error
             raise EvaluationError(f"The page refused the evaluation: {clean(error.message)[:300]}") from error
         if "exceptionDetails" in answer:
-            raise EvaluationError(_thrown(answer["exceptionDetails"]))
+            raise _thrown(answer["exceptionDetails"])
         return answer
 
     async def _overdue(self) -> FlowError:
@@ -428,13 +441,13 @@ def _unchecked() -> EvaluationError:
     )
 
 
-def _thrown(details: dict[str, Any]) -> str:
+def _thrown(details: dict[str, Any]) -> EvaluationError:
     """What was thrown and where, from V8's details."""
     exception = details.get("exception", {})
     description = str(exception.get("description", exception.get("value", details.get("text", ""))))
     message, _, stack = description.partition("\n    at ")
     if message.startswith(_SIDE_EFFECT):
-        return (
+        return EvaluationError(
             "The code may have a side effect, so read mode stopped it; the page was not changed. (V8 also refuses "
             "some harmless calls: closest, matches, toJSON, console, classes, object spread.) "
             'Write it otherwise, or use mode="write" on a stopped run: hijack stops it.'
@@ -442,14 +455,16 @@ def _thrown(details: dict[str, Any]) -> str:
     if exception.get("subtype") != "error":
         preview = exception.get("preview", {}).get("properties", [])
         fields = ", ".join(f"{item['name']}: {item.get('value', item['type'])}" for item in preview)
-        message = f"Thrown: {message}" + (f" {{{fields}}}" if fields else "")
+        message += f" {{{fields}}}" if fields else ""
     frames = details.get("stackTrace", {}).get("callFrames", [])
     frame = stack.split("\n")[0]
     if own := re.search(rf"{SOURCE}:(\d+):\d+", frame):
-        return f"{message} (line {own[1]} of the code)"
+        return EvaluationError(f"The code threw at its line {own[1]}:", message)
     if not frame and frames and frames[0]["url"] == SOURCE:
-        return f"{message} (line {frames[0]['lineNumber'] + 1} of the code)"
-    return f"{message} (at {frame})" if frame else message
+        return EvaluationError(f"The code threw at its line {frames[0]['lineNumber'] + 1}:", message)
+    if frame:
+        return EvaluationError("What the code called threw:", f"{message} (at {frame})")
+    return EvaluationError("The code threw:", message)
 
 
 def clean_lines(text: str) -> str:
@@ -522,10 +537,7 @@ async def _watching(page: Page, place: _Place) -> AsyncIterator[_Seen]:
 
 
 def _lines(lines: Sequence[str], secrets: Secrets) -> tuple[str, ...]:
-    shown = [shortened(clean(secrets.hide(line)), MAX_CONSOLE_LINE) for line in lines[:MAX_CONSOLE]]
-    if len(lines) > MAX_CONSOLE:
-        shown.append(f"[{len(lines) - MAX_CONSOLE} more lines]")
-    return tuple(shown)
+    return tuple(shortened(clean(secrets.hide(line)), MAX_CONSOLE_LINE) for line in lines[:MAX_CONSOLE])
 
 
 def _unpacked(text: str) -> dict[str, Any]:
@@ -539,7 +551,7 @@ def _unpacked(text: str) -> dict[str, Any]:
 
 def _capped(value: Any, packed: dict[str, Any], max_chars: int) -> tuple[Any, str, bool]:
     """The value, its type, and whether the value had to be cut to `max_chars` characters."""
-    kind = str(packed["t"])
+    kind = whole(str(packed["t"]))
     value = _whole(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if not packed["c"] and len(text) <= max_chars:
@@ -612,22 +624,30 @@ _PACK = r"""(value, effects, budget) => {
   // Only what V8 holds for free of side effects: no delete, spread or class, no setting of an outer variable,
   // no Map.forEach, no RegExp.source, no tag of a typed array.
   const stack = [], paths = [], regexps = [];
-  const state = {left: budget, cut: false};
+  // cut: not even its JSON is whole; short: it is, but some description in it is not, or a key is missing.
+  const state = {left: budget, cut: false, short: false};
   const text = (string) => {
     if (string.length > state.left) { state.cut = true; string = string.slice(0, state.left > 0 ? state.left : 0); }
     state.left -= string.length + 2;
     return JSON.stringify(string);
   };
+  const brief = (string, limit) => {
+    if (string.length <= limit) return string;
+    state.short = true;
+    return string.slice(0, limit) + "\u2026";
+  };
   const node = (it) => {
     if (it.nodeType === 9) return "#document " + it.URL;
-    if (it.nodeType !== 1) return it.nodeName + ' "' + String(it.nodeValue || "").trim().slice(0, 60) + '"';
+    if (it.nodeType !== 1) return it.nodeName + ' "' + brief(String(it.nodeValue || "").trim(), 60) + '"';
     let out = "<" + it.localName;
     for (const name of ["id", "class", "type", "name", "role", "href"]) {
       const held = it.getAttribute(name);
-      if (held) out += " " + name + '="' + held.slice(0, 40) + '"';
+      if (held) out += " " + name + '="' + brief(held, 40) + '"';
     }
-    const inner = (it.textContent || "").slice(0, 400).trim().replace(/\s+/g, " ");
-    return out + ">" + (inner.length > 60 ? inner.slice(0, 60) + "\u2026" : inner);
+    const whole = (it.textContent || "").trim(), inner = whole.slice(0, 400).replace(/\s+/g, " ");
+    if (inner.length > 60 || whole.length <= 400) return out + ">" + brief(inner, 60);
+    state.short = true;
+    return out + ">" + inner + "\u2026";
   };
   const list = (it, path) => {
     let out = "[";
@@ -640,6 +660,10 @@ _PACK = r"""(value, effects, budget) => {
   };
   const object = (it, path) => {
     let out = "{", count = 0, tagged = false;
+    for (const key of Object.getOwnPropertySymbols(it)) {
+      const own = Object.getOwnPropertyDescriptor(it, key);
+      if (own && own.enumerable) state.short = true;
+    }
     for (const key of Object.keys(it)) {
       if (state.left < 0) { state.cut = true; break; }
       tagged = count === 0 && key[0] === "$";
@@ -666,7 +690,7 @@ _PACK = r"""(value, effects, budget) => {
         return Number.isFinite(it) ? ["number", String(it), true] : ["number", '"' + it + '"', false];
       case "bigint": return ["bigint", text(String(it)), false];
       case "symbol": return ["symbol", text(Symbol.prototype.toString.call(it)), false];
-      case "function": return ["function", text(Function.prototype.toString.call(it).slice(0, 200)), false];
+      case "function": return ["function", text(brief(Function.prototype.toString.call(it), 200)), false];
     }
     const seen = stack.indexOf(it);
     if (seen >= 0) return ["cycle", text(paths[seen]), false];
@@ -740,6 +764,7 @@ _PACK = r"""(value, effects, budget) => {
   };
   const length = typeof value === "string" ? ',"n":' + value.length : "";
   const [type, json] = guarded(value, "$");
-  const packed = '{"t":' + JSON.stringify(type) + ',"v":' + json + ',"c":' + state.cut + length + "}";
+  const flags = ',"c":' + state.cut + ',"s":' + state.short;
+  const packed = '{"t":' + JSON.stringify(type) + ',"v":' + json + flags + length + "}";
   return regexps.length ? [packed].concat(regexps) : packed;
 }"""

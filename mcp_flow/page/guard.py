@@ -63,8 +63,8 @@ async def reaching(page: Page, seconds: float) -> AsyncIterator[None]:
     except (TimeoutError, PlaywrightTimeout) as error:
         raise FlowError(
             f"The page at {shown_url(page.url)} did not answer within {seconds:g} s: a script in it runs without "
-            "end, a dialog is open, or it has not begun to load. Try again, or stop the script: hijack the run, "
-            "then navigate; cancel ends the run."
+            "end, a dialog is open, or it has not begun to load. Try again; or hijack the run, close the page "
+            "with act, and resume has it rebuilt; cancel ends the run."
         ) from error
     except PlaywrightError as error:
         if page.is_closed() or "crashed" in error.message or "has been closed" in error.message:
@@ -74,10 +74,7 @@ async def reaching(page: Page, seconds: float) -> AsyncIterator[None]:
 
 def gone() -> PageGone:
     """The error for a page that nothing can be read from any more."""
-    return PageGone(
-        "The page is gone: it was closed or has crashed. get_run says where the run stands; when it is resumed "
-        "it gets a new page."
-    )
+    return PageGone("The page is gone: it was closed or has crashed. get_run says where the run stands.")
 
 
 def clean(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets as tokens
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,7 +12,7 @@ from playwright.async_api import Page
 from mcp_flow.errors import InvalidInput
 from mcp_flow.page import compare, views
 from mcp_flow.page.capture import Capture, capture
-from mcp_flow.page.fit import LARGEST, Answer, Calls, Header, fitted
+from mcp_flow.page.fit import LARGEST, Answer, Calls, Fence, Header, fitted
 from mcp_flow.page.guard import clean, shortened, shown_url
 from mcp_flow.page.looks import Key, Looks, Seen
 from mcp_flow.page.matching import matching
@@ -96,7 +95,7 @@ async def look(
     seen = looks.add(key, captured.document, captured.lines, whole=find is None and root is None and mode != "text")
     header = _header(captured, facts, f"look {seen.number}{view.about}", pages, _news(captured, looks, key))
     answer = Answer(header, view.rows, view.tree, view.span, view.calls, view.notices)
-    text, left_out = fitted(answer, tokens.token_hex(6), max_chars)
+    text, left_out = fitted(answer, Fence(), max_chars)
     return Look(text, captured.screenshot, left_out, seen.number)
 
 

@@ -224,19 +224,22 @@ class Fold:
     acts: int
     root: str
 
-    @property
-    def text(self) -> str:
+    def row(self, depth: int, mark: str = "") -> Row:
         """The line in their place."""
-        return f'- {self.role}: {self.count} more like it (root="{self.root}")'
+        return Row(self.start, depth, f"- {self.role}", f'{self.count} more like it, root="{self.root}"', self, mark)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of an answer: the captured line it begins with, how deep it stands, its text, what changed about it."""
+    """One line of an answer: the captured line it begins with, how deep it stands, its text, what changed about it.
+
+    `note` is what the server says of it, which no text of the page may be taken for.
+    """
 
     index: int
     depth: int
     text: str
+    note: str = ""
     fold: Fold | None = None
     mark: str = ""
 

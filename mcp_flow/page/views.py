@@ -52,7 +52,7 @@ def _folded(outline: Outline, kept: Sequence[int], span: Span, limit: int) -> li
         fold = found.get(index)
         if fold:
             skipped = fold.end
-        shown.append(Row(index, depth, fold.text if fold else outline.shown(index, limit), fold))
+        shown.append(fold.row(depth) if fold else Row(index, depth, outline.shown(index, limit)))
     return shown
 
 
@@ -82,20 +82,21 @@ def _interactive(tree: Tree, chosen: range, matched: Collection[int] | None, lim
         inside = range(index, tree.ends[index])
         if not line.acts or (matched is not None and not any(within in matched for within in inside)):
             continue
-        text = line.text
+        text, note = line.text, ""
         if text is None and (line.name is None or line.role in _HOLDERS):
-            text = _inner(tree, index)
-        yield Row(index, 0, line.shown(text=text, limit=limit, flat=True))
+            text, note = _inner(tree, index)
+        yield Row(index, 0, line.shown(text=text, limit=limit, flat=True), note)
 
 
-def _inner(tree: Tree, index: int) -> str | None:
-    """What stands in a control: the chosen option and how many there are, or its first texts."""
+def _inner(tree: Tree, index: int) -> tuple[str | None, str]:
+    """What stands in a control: the chosen options, with a note of how many there are, or its first texts."""
     inside = [tree.lines[within] for within in range(index + 1, tree.ends[index])]
     options = [line for line in inside if line.role == "option" and line.ref is None]
     if options:
         chosen = [line.name or line.text or "" for line in options if "[selected]" in line.states]
-        names = ", ".join(chosen) if len(chosen) < 4 else f"{len(chosen)} chosen"
-        return shortened(names, LONGEST_INNER) + f" ({len(options)} options)"
+        few = len(chosen) < 4
+        names = shortened(", ".join(chosen), LONGEST_INNER) if few else ""
+        return names or None, f"{len(options)} options" + ("" if few else f", {len(chosen)} chosen")
     said: list[str] = []
     for line in inside:
         if line.acts:
@@ -104,7 +105,7 @@ def _inner(tree: Tree, index: int) -> str | None:
             said.append(text)
             if sum(map(len, said)) > LONGEST_INNER:
                 break
-    return shortened(" ".join(said), LONGEST_INNER) or None
+    return shortened(" ".join(said), LONGEST_INNER) or None, ""
 
 
 def _text(tree: Tree, chosen: range, matched: Collection[int] | None, limit: int) -> Iterator[Row]:

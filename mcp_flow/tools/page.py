@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import json
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mcp.server.mcpserver import Context
 from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field
 
-from mcp_flow.errors import FlowError, NotAllowed
+from mcp_flow.errors import FlowError, NotAllowed, PageGone
 from mcp_flow.secrets import masked
 from mcp_flow.tools import state
 from mcp_flow.tools.register import answer
 from mcp_flow.tools.runs import AGENT, Wait
+
+if TYPE_CHECKING:
+    from mcp_flow.page.exec_js import Evaluation
 
 MaxChars = Annotated[int, Field(ge=500, le=100_000)]
 
@@ -78,45 +81,68 @@ async def exec_js(
     from mcp_flow.page.exec_js import evaluate
 
     app = await state.app(ctx)
-    if app.settings.exec_js == "off" or (mode == "write" and app.settings.exec_js == "read"):
-        raise NotAllowed(
-            f'exec_js(mode="{mode}") is turned off here (MCP_FLOW_EXEC_JS={app.settings.exec_js}). '
-            f"snapshot(run_id={json.dumps(run_id)}) shows the page."
-        )
-    if mode == "write":
-        run = await app.control.take_page(run_id, AGENT, "exec_js")
-    else:
-        run = await app.control.run(run_id)
+    run = await app.control.run(run_id)
     secrets = await app.secrets_of(run)
-    try:
-        async with app.page(run, page) as live:
-            result = await evaluate(
-                live,
-                code,
-                mode=mode,
-                ref=ref,
-                locator=locator,
-                timeout_ms=timeout_ms,
-                max_chars=max_chars,
-                secrets=secrets.values(),
-            )
-    except FlowError as error:
-        await app.control.note_evaluation(run_id, AGENT, code, mode, f"{type(error).__name__}: {error}")
-        raise
-    await app.control.note_evaluation(run_id, AGENT, code, mode, result.type)
-    view = {
-        "run_id": run_id,
-        "status": run.status,
+
+    async def take() -> None:
+        nonlocal run
+        run = await app.control.take_page(run_id, AGENT, "exec_js")
+
+    with state.carried_through():
+        try:
+            if app.settings.exec_js == "off" or (mode == "write" and app.settings.exec_js == "read"):
+                raise NotAllowed(
+                    f'exec_js(mode="{mode}") is turned off here (MCP_FLOW_EXEC_JS={app.settings.exec_js}). '
+                    f"snapshot(run_id={json.dumps(run_id)}) shows the page."
+                )
+            if mode == "write":
+                await app.control.check_page(run_id, AGENT)
+            async with app.page(run, page) as live:
+                result = await evaluate(
+                    live,
+                    code,
+                    mode=mode,
+                    ref=ref,
+                    locator=locator,
+                    timeout_ms=timeout_ms,
+                    max_chars=max_chars,
+                    secrets=secrets.values(),
+                    take=take if mode == "write" else None,
+                )
+        except FlowError as error:
+            hold = run.hijack if run.hijack and run.hijack.held else None
+            # The journal takes every note for a use of the page, and this one would prolong a person's hold of it.
+            if hold is None or hold.requested.holder == "agent" or not isinstance(error, NotAllowed):
+                await app.control.note_evaluation(run_id, AGENT, code, mode, f"{type(error).__name__}: {error}")
+            raise
+        await app.control.note_evaluation(run_id, AGENT, code, mode, result.type)
+    return answer(shown(result, run_id, run.status, max_chars, state.following(app, run)))
+
+
+def shown(result: Evaluation, run_id: str, status: str, max_chars: int, following: str) -> dict[str, Any]:
+    """An evaluation's answer: the server's facts, then between markers, as fields too, what the page has a say in."""
+    from mcp_flow.page.fit import Fence
+
+    fence = Fence()
+    cut = f"the value was cut to max_chars={max_chars}" if result.cut else None
+    if result.abridged:
+        short = (
+            "texts of functions and nodes in it are cut where they end with …, or symbols that are keys are left out"
+        )
+        cut = f"{cut}; {short}" if cut else short
+    unheard = f"{result.unheard} lines more" if result.unheard else None
+    facts = {"run_id": run_id, "status": status, "ms": round(result.ms, 1), "cut": cut, "console_cut": unheard}
+    view = facts | {
+        "next": following,
+        "untrusted": fence.opening,
         "value": result.value,
         "type": result.type,
-        "ms": round(result.ms, 1),
         "console": list(result.console) or None,
         "dialogs": list(result.dialogs) or None,
         "navigated": result.navigated,
-        "cut": f"the value was cut to max_chars={max_chars}" if result.cut else None,
-        "next": state.following(app, run),
+        "end": fence.closing,
     }
-    return answer({name: item for name, item in view.items() if item is not None or name == "value"})
+    return {name: item for name, item in view.items() if item is not None or name == "value"}
 
 
 async def act(
@@ -143,30 +169,44 @@ async def act(
     call = f"snapshot(run_id={json.dumps(run_id)}" + ("" if page == "main" else f", page={json.dumps(page)}")
     secrets = await app.secrets_of(run)
     key, hidden = (run_id, page), list(secrets.values())
-    async with app.page(run, page) as live:
-        run = await app.control.take_page(run_id, AGENT, "act")
-        if app.looks.last(key) is None:
-            await remember(live, looks=app.looks, key=key, secrets=hidden)
+    await app.control.check_page(run_id, AGENT)
+    with state.carried_through():
+        async with app.page(run, page) as live:
+            if app.looks.last(key) is None:
+                try:
+                    await remember(live, looks=app.looks, key=key, secrets=hidden)
+                except PageGone:
+                    raise
+                except FlowError:  # a page that its own script keeps busy can't be seen, but closed
+                    pass
 
-        async def observe() -> str:
-            facts = state.facts(app, await app.control.run(run_id))
-            seen = await changes(
-                live, looks=app.looks, key=key, call=call, facts=facts, pages=list(run.pages), secrets=hidden
+            async def observe() -> str:
+                run = await app.control.run(run_id)
+                seen = await changes(
+                    live,
+                    looks=app.looks,
+                    key=key,
+                    call=call,
+                    facts=state.facts(app, run),
+                    pages=list(run.pages),
+                    secrets=hidden,
+                )
+                return seen.text
+
+            acted = await hands.act(
+                live,
+                actions,
+                observe=observe,
+                known=app.looks.known(key),
+                mask=partial(masked, known=secrets),
+                folders=folders,
+                look=f"{call})",
+                take=partial(app.control.take_page, run_id, AGENT, "act"),
+                explain=partial(app.explain, run),
+                left=partial(app.left, run, page),
             )
-            return seen.text
-
-        acted = await hands.act(
-            live,
-            actions,
-            observe=observe,
-            known=app.looks.known(key),
-            mask=partial(masked, known=secrets),
-            folders=folders,
-            look=f"{call})",
-            explain=partial(app.explain, run),
-        )
-    outcome = f"{type(acted.error).__name__}: {acted.error}" if acted.error else ", ".join(acted.done)
-    await app.control.note_actions(run_id, AGENT, acted.python, outcome)
+        outcome = f"{type(acted.error).__name__}: {acted.error}" if acted.error else ", ".join(acted.done)
+        await app.control.note_actions(run_id, AGENT, acted.python, outcome)
     if acted.error:
         raise acted.error
     return CallToolResult(content=[TextContent(type="text", text=hands.report(acted))])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import anyio
 from mcp.server.mcpserver import Context
 
-from mcp_flow.errors import InvalidInput
+from mcp_flow.errors import FlowError, InvalidInput
 from mcp_flow.views import RunView, next_call, show_request_row
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from mcp_flow.control import Sent
     from mcp_flow.run import Run
     from mcp_flow.store import RunRow
+
+LONGEST_CALL = 180.0
+"""Seconds that no call to a page takes which ends by itself, its turn behind others included."""
 
 
 async def app(ctx: Context[Any]) -> App:
@@ -32,6 +37,15 @@ def was_given(ctx: Context[Any], name: str) -> bool:
     params = getattr(ctx.request_context, "params", None)
     arguments = params.get("arguments") if isinstance(params, dict) else getattr(params, "arguments", None)
     return isinstance(arguments, dict) and name in arguments
+
+
+@contextmanager
+def carried_through() -> Iterator[None]:
+    """What is done to a page in here ends, and is journaled, although its client cancels the call meanwhile."""
+    with anyio.move_on_after(LONGEST_CALL, shield=True) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise FlowError(f"The page has kept the call for {LONGEST_CALL:g} s. get_run says where the run stands.")
 
 
 async def watched(ctx: Context[Any], app: App, run_id: str, wait_s: float) -> RunView:

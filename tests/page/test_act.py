@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import re
 import textwrap
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 from playwright.async_api import Browser, Page, Request, async_playwright
+from seeing import HOSTILE, inside, outside
 
 from mcp_flow.errors import ActionFailed, InvalidInput, PageGone, StaleRef
 from mcp_flow.page import act as engine
-from mcp_flow.page.act import Acted, Opened, act, report
+from mcp_flow.page.act import Acted, Healed, Opened, act, report
 from mcp_flow.page.actions import checked
 from mcp_flow.page.exec_js import evaluate
-from mcp_flow.page.guard import HIDDEN
+from mcp_flow.page.guard import HIDDEN, clean
 from mcp_flow.page.tree import parse
 
 pytestmark = pytest.mark.anyio
@@ -222,7 +225,8 @@ async def test_the_answer_carries_the_difference_after_one_look(page: Page) -> N
     assert "Thanks" in acted.difference
     assert eyes.looks == 1
     text = report(acted)
-    assert text.startswith(f"done in {acted.ms:.0f} ms: click {ref}\npython:\n  await page.")
+    assert text.startswith(f"done in {acted.ms:.0f} ms: click {ref}\n<<page text ")
+    assert inside(text).startswith("python:\n  await page.")
     assert text.endswith(acted.difference)
 
 
@@ -244,6 +248,50 @@ async def test_it_stops_at_the_first_that_fails_and_says_what_was_done(page: Pag
     assert 'snapshot(run_id="r1") shows the whole page' in text
     assert "fill #a\n" in text
     assert "- textbox" in text
+
+
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
+@given(texts=HOSTILE)
+async def test_any_page_text_whatever_stays_inside_its_markers(page: Page, texts: list[str]) -> None:
+    await page.set_content(
+        "<a id=off href=# style='position: absolute; left: -9999px'>x</a><i id=veil>x</i><b id=b>b</b>"
+    )
+    write = """([label, asked, address, cover]) => {
+        off.ariaLabel = label; off.onclick = () => { alert(asked); location.hash = address };
+        veil.setAttribute('aria-label', cover); veil.style = 'position: fixed; inset: 0';
+    }"""
+    texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+    await page.evaluate(write, texts)
+
+    async def nothing() -> str:
+        return "[the page]"
+
+    given: dict[str, Any] = {"observe": nothing, "known": {"e99": ("link", clean(texts[0]))}.get}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ACTION_SECONDS", 0.3)
+        pressed = await act(page, [{"op": "press", "locator": "#off", "value": "Enter"}], **given)
+        stale = await act(page, [{"op": "hover", "ref": "e99"}], **given)
+        covered = await act(page, [{"op": "click", "locator": "#b"}], **given)
+    assert covered.error
+    for text in (report(pressed), str(stale.error or report(stale)), str(covered.error)):
+        text.encode()
+        said = re.sub(r"<<page text (\w{12}): [^\n]*>>\n.*\n<<end \1>>\n", "", text, flags=re.DOTALL)
+        assert "<<" not in said
+        for line in said.split("\n"):
+            assert re.match("|".join(SERVER_LINES), line), text
+
+
+SERVER_LINES = [
+    r"done in \d+ ms: (press #off|hover e99|nothing)$",
+    r"dialog: alert dismissed$",
+    r"navigated: [!-~]+$",
+    r"The page has not come to rest yet\.$",
+    r"healed: e99 was gone or changed; the only element of its role and name was used$",
+    r"actions\[0\], (click #b|hover e99): Timeout \d+ms exceeded\.$",
+    r"actions\[0\], hover e99: ref e99(, link without a name .*,)? is gone",
+    r"Next: act with what is left, by the refs below; snapshot shows the whole page\.$",
+    r"\[the page\]$",
+]
 
 
 async def test_an_element_that_is_covered_is_said_to_be(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,10 +323,9 @@ async def test_a_stale_ref_is_healed_when_one_element_fits(page: Page) -> None:
     acted = await eyes.act({"op": "click", "ref": ref})
     assert acted.error is None
     assert await page.evaluate("clicked") == "Pay"
-    assert acted.healed == (
-        f'{ref} was gone or changed; used the only button "Pay" there is, page.get_by_role("button", name="Pay")',
-    )
-    assert f"healed: {ref} was gone" in report(acted)
+    assert acted.healed == (Healed(ref, 'button "Pay", page.get_by_role("button", name="Pay")'),)
+    assert f"healed: {ref} was gone or changed; the only element of its role" in outside(report(acted))
+    assert f'healed {ref}: button "Pay", page.get_by_role(' in inside(report(acted))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +340,8 @@ async def test_a_stale_ref_that_none_or_several_fit_is_an_error_with_what_change
     started = time.perf_counter()
     acted = await eyes.act({"op": "click", "ref": ref})
     assert isinstance(acted.error, StaleRef)
-    assert f'ref {ref}, button "Pay", is gone or changed, and {count} elements have its role' in str(acted.error)
+    assert f"ref {ref} is gone or changed, and {count} elements have its role" in outside(str(acted.error))
+    assert f'ref {ref} was button "Pay"' in inside(str(acted.error))
     assert '- button "Pay' in str(acted.error)
     assert time.perf_counter() - started < 4, "a stale ref was waited for"
     assert await page.evaluate("typeof clicked") == "undefined"
@@ -375,7 +423,7 @@ async def test_a_download_is_reported_and_recorded(page: Page) -> None:
         eyes = Eyes(page)
         await eyes()
         acted = await eyes.act({"op": "click", "ref": eyes.ref("Report")})
-        assert acted.opened == (Opened("download", f'"report.csv" from {site.url}/file'),)
+        assert acted.opened == (Opened("download", f"from {site.url}/file", '"report.csv"'),)
         await run_python(acted, page)
 
 
@@ -386,20 +434,20 @@ ASKING = """<button onclick="out.textContent = prompt('Who?', 'x')">Ask</button>
 @pytest.mark.parametrize(
     ("answer", "button", "shown", "outcome"),
     [
-        (None, "Sure", "false", 'confirm "Sure? " dismissed'),
-        ("dismiss", "Sure", "false", 'confirm "Sure? " dismissed'),
-        ("accept", "Sure", "true", 'confirm "Sure? " accepted'),
-        ("Ann", "Ask", "Ann", 'prompt "Who?" accepted'),
+        (None, "Sure", "false", ("confirm dismissed", '"Sure? "')),
+        ("dismiss", "Sure", "false", ("confirm dismissed", '"Sure? "')),
+        ("accept", "Sure", "true", ("confirm accepted", '"Sure? "')),
+        ("Ann", "Ask", "Ann", ("prompt accepted", '"Who?"')),
     ],
 )
 async def test_a_dialog_is_answered_as_was_said_and_never_left_open(
-    page: Page, answer: str | None, button: str, shown: str, outcome: str
+    page: Page, answer: str | None, button: str, shown: str, outcome: tuple[str, str]
 ) -> None:
     eyes = await look_at(page, ASKING)
     given = [] if answer is None else [{"op": "dialog", "value": answer}]
     acted = await eyes.act(*given, {"op": "click", "ref": eyes.ref(button)})
     assert acted.error is None
-    assert acted.opened == (Opened("dialog", outcome),)
+    assert acted.opened == (Opened("dialog", *outcome),)
     assert await page.locator("#out").text_content() == shown
     await page.set_content(ASKING)
     await run_python(acted, page)
@@ -420,7 +468,7 @@ async def test_a_page_that_asks_before_it_is_left_is_left(page: Page) -> None:
         acted = await Eyes(page).act({"op": "navigate", "value": "/next"})
         assert acted.error is None
         assert acted.navigated == f"{site.url}/next"
-        assert [one.text for one in acted.opened] == ['beforeunload "" accepted']
+        assert [one.text for one in acted.opened] == ["beforeunload accepted"]
 
 
 async def test_navigating_and_going_back(page: Page) -> None:
@@ -584,7 +632,7 @@ async def test_secret_values_are_recorded_by_name_or_hidden_and_never_echoed(
     assert acted.python[0].endswith('.fill(flow.secret("api"))')
     assert acted.python[1] == f'await page.get_by_role("textbox", name="Password").fill("{HIDDEN}")'
     assert acted.python[3].endswith(f'.press("{HIDDEN}")')
-    assert acted.opened == (Opened("dialog", f'confirm "{HIDDEN}" dismissed'),)
+    assert acted.opened == (Opened("dialog", "confirm dismissed", f'"{HIDDEN}"'),)
     assert acted.error is not None
     told = str(acted.error).replace(acted.difference, "")
     assert not [secret for secret in ("tok-123456", "hunter22", "918") if secret in told]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from playwright.async_api import Dialog, Page, Route
+from seeing import HOSTILE
 
 from mcp_flow.errors import EvaluationError, InvalidInput, PageGone
 from mcp_flow.page.access import cdp_session
@@ -18,6 +20,8 @@ from mcp_flow.page.exec_js import Evaluation, evaluate
 from mcp_flow.page.guard import HIDDEN
 from mcp_flow.page.looks import Looks
 from mcp_flow.page.snapshot import look
+from mcp_flow.tools.page import shown
+from mcp_flow.tools.register import answer
 
 pytestmark = pytest.mark.anyio
 
@@ -132,6 +136,28 @@ async def test_a_value_beyond_the_budget_is_cut_and_says_so(page: Page, mode: Mo
     assert deep.cut
 
 
+@both
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [
+        (f"() => '{'x' * 300}'", f"() => '{'x' * 193}…"),
+        ("document.querySelector('a').firstChild", f'#text "{"y" * 60}…"'),
+        ("document.querySelector('a')", f'<a id="{"z" * 40}…">{"y" * 60}…'),
+        ("document.querySelector('p')", "<p>a …"),
+        ("({[Symbol('key')]: 1, b: 2})", {"b": 2}),
+    ],
+)
+async def test_what_is_left_out_of_a_description_or_an_object_is_said(
+    page: Page, mode: Mode, code: str, value: Any
+) -> None:
+    await page.set_content(f"<a id={'z' * 50}>{'y' * 61}</a><p>a{' ' * 500}b</p>")
+    result = await evaluate(page, f"[{code}]", mode=mode)
+    assert (result.abridged, result.cut) == (True, False)
+    [shown] = result.value
+    assert shown == value or list(shown.values()) == [value]
+    assert not (await evaluate(page, "[{a: 1}, () => 1, document.head]", mode=mode)).abridged
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -210,11 +236,11 @@ async def test_a_promise_that_never_settles_ends_at_the_timeout(page: Page, mode
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("throw new TypeError('boo')", r"TypeError: boo \(line 1 of the code\)"),
-        ("let a = 1\nnull.x", r"Cannot read properties of null.*\(line 2 of the code\)"),
+        ("throw new TypeError('boo')", r"The code threw at its line 1:\n<<page text (.|\n)*\nTypeError: boo\n<<end"),
+        ("let a = 1\nnull.x", r"The code threw at its line 2:\n<<(.|\n)*Cannot read properties of null"),
         ("let a\nfoo(", r"SyntaxError: .*\(line 2 of the code\)"),
-        ("throw {code: 7}", "Thrown: Object {code: 7}"),
-        ("throw 'text'", "Thrown: text"),
+        ("throw {code: 7}", r"The code threw.*:\n<<page text .*\nObject {code: 7}\n<<end"),
+        ("throw 'text'", r"The code threw.*:\n<<page text .*\ntext\n<<end"),
     ],
 )
 async def test_what_the_code_throws_is_an_error_with_its_place(page: Page, mode: Mode, code: str, message: str) -> None:
@@ -301,8 +327,7 @@ async def test_write_mode_changes_the_page_and_hands_back_console_lines(page: Pa
     assert 0 < result.ms < 5000
     assert await page.title() == "new"
     many = await evaluate(page, "for (let i = 0; i < 80; i++) console.log('x'.repeat(9000))", mode="write")
-    assert len(many.console) == 51
-    assert many.console[-1] == "[30 more lines]"
+    assert (len(many.console), many.unheard) == (50, 30)
     assert sum(map(len, many.console)) < 30000
 
 
@@ -429,6 +454,30 @@ async def test_any_value_round_trips_or_is_said_to_be_cut(
         assert len(result.value) <= max_chars < 2 * len(full)
     else:
         assert (result.type, result.value) == ("array", [value])
+
+
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+@given(texts=HOSTILE)
+async def test_any_page_text_whatever_stays_inside_its_markers(page: Page, texts: list[str]) -> None:
+    value, tag, line, thrown = map(json.dumps, texts)
+    code = (
+        f"console.log({line}); return {{[Symbol.toStringTag]: {tag}, get [{tag}]() {{ throw {thrown} }}, v: {value}}}"
+    )
+    result = await evaluate(page, code, mode="write")
+    raw = answer(shown(result, "r1", "paused", 8000, "resume()")).content[0].text
+    raw.encode()
+    fields = list(json.loads(raw))
+    assert fields[fields.index("untrusted") :] == ["untrusted", "value", "type", "console", "end"]
+    assert set(fields[: fields.index("untrusted")]) <= {"run_id", "status", "ms", "cut", "next"}
+    nonce = re.search(r'"untrusted":"<<page text (\w{12}): ', raw)
+    assert nonce
+    assert raw.count(nonce[1]) == 3, "twice in the first marker, once in the last"
+    with pytest.raises(EvaluationError) as caught:
+        await evaluate(page, f"throw 'x' + {value} + {thrown}")
+    first, marker, *_, last = str(caught.value).split("\n")
+    assert first in ("The code threw:", "The code threw at its line 1:")
+    assert marker.startswith("<<page text ")
+    assert re.fullmatch(r"<<end \w{12}>>", last)
 
 
 async def test_a_closed_page_is_gone(own_page: Page) -> None:

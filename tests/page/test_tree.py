@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mcp_flow.errors import InvalidInput
 from mcp_flow.page import compare
-from mcp_flow.page.fit import HEADER_CHARS, Header
+from mcp_flow.page.fit import HEADER_CHARS, Fence, Header
 from mcp_flow.page.tree import SHOWN_OF_RUN, Line, Outline, Tree, condense, folds, parse
 
 ROLES = ["generic", "list", "listitem", "link", "button", "textbox", "text", "paragraph", "/url", "option", "iframe"]
@@ -130,7 +130,7 @@ def test_a_difference_tells_every_line_that_is_not_the_same_one(
     old, new = condense(Tree(before)), condense(Tree(after))
     assert not compare.compare(old, old)
     difference = compare.compare(old, new)
-    told = [row.text for row in compare.rows(new, difference, 0)]
+    told = [f"{row.text} {row.note}" for row in compare.rows(new, difference, 0)]
     known = {before[index].ref for index in old.kept}
     for index in new.kept:
         ref = after[index].ref
@@ -175,7 +175,7 @@ def test_thousands_of_lines_in_another_order_are_compared_at_once() -> None:
 def test_a_header_is_short_whatever_it_says(
     facts: list[str], place: str, about: str, title: str, news: list[str], max_chars: int
 ) -> None:
-    lines = Header(facts, place, about, title, news).lines("0" * 12, max_chars)
+    lines = Header(facts, place, about, title, news).lines(Fence("0" * 12), max_chars)
     assert len("\n".join(lines)) <= min(HEADER_CHARS, max_chars // 2)
     marker = next(number for number, line in enumerate(lines) if line.startswith("<<page text 000000000000"))
     assert re.match(r"title: |…", lines[marker + 1])
