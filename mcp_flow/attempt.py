@@ -113,6 +113,7 @@ class Attempt:
         self._background: set[asyncio.Task[Any]] = set()
         self._observing: set[asyncio.Task[None]] = set()
         self._held = False
+        self._taken: ev.HijackRequested | None = None
         self._given_up = asyncio.Event()
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -870,11 +871,18 @@ class Attempt:
                 self.pages.session.release_actions()
         elif self._gate.is_set():
             self._gate.clear()
+            self._taken = hijack.requested
             self._hold_actions()
             if hijack.stopped is None and self.run.idle:
                 self._spawn(self._stop_between_steps(None))  # it came to its wait before it heard of the hijack
             elif hijack.stopped and all(request.opened.kind in UNSEEN for request in self.run.open_requests()):
                 self._keep_hijack_soon()
+        elif self._taken is not hijack.requested:
+            # Handed back and taken anew before this attempt heard of either: whatever waits at the gate stops again.
+            self._taken = hijack.requested
+            self._gate.set()
+            self._gate.clear()
+            self._hold_actions()
 
     def _settle_waits(self) -> None:
         for request_id, future in list(self._waits.items()):
@@ -888,32 +896,37 @@ class Attempt:
     def _on_held(self, call: HeldCall) -> None:
         """An action stands still: the first is where the code stopped, later ones are of its other tasks."""
         self._held = True
-        if self.run.hijack and self.run.hijack.stopped is None:
-            self._spawn(self._stop_at_action(call, scope.running_key()))
+        hijack = self.run.hijack
+        if hijack and hijack.stopped is None:
+            self._spawn(self._stop_at_action(hijack.at, call, scope.running_key()))
 
-    async def _stop_at_action(self, call: HeldCall, key: str | None) -> None:
+    async def _stop_at_action(self, hijacked_at: str, call: HeldCall, key: str | None) -> None:
         session = self.pages.session
         action = await session.describe(call) if session else call.name
         own = (place for place in call.lines if self.owns(*place))
         file, line = next(own, next(iter(call.lines), (None, None)))
         if start := self._starts.get(key or ""):
             start.write_soon()  # who says what became of the step refers to its start
-        await self._hijacked(ev.RunHijacked(step=key, action=self._secrets.mask(action)[:500], file=file, line=line))
+        said = self._secrets.mask(action)[:500]
+        await self._hijacked(hijacked_at, ev.RunHijacked(step=key, action=said, file=file, line=line))
 
     async def _stop_between_steps(self, step: str | None) -> None:
         """No step runs and none may begin: the code stands still."""
         hijack = self.run.hijack
         if hijack and hijack.stopped is None and not self._busy:
-            await self._hijacked(ev.RunHijacked(step=step))
+            await self._hijacked(hijack.at, ev.RunHijacked(step=step))
 
-    async def _hijacked(self, stopped: ev.RunHijacked) -> None:
-        """Journal that the code stands still, once, and keep what its page shows."""
+    async def _hijacked(self, hijacked_at: str, stopped: ev.RunHijacked) -> None:
+        """Journal that the code stands still, once, and keep what its page shows.
+
+        A page that was handed back and taken anew since `hijacked_at` is taken from code that has gone on.
+        """
 
         first = False
 
         def plan(run: Run) -> list[ev.Event]:
             nonlocal first
-            first = run.hijack is not None and run.hijack.stopped is None
+            first = run.hijack is not None and run.hijack.stopped is None and run.hijack.at == hijacked_at
             return [stopped] if first else []
 
         with suppress(LeaseLost, IllegalEvent):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,34 +35,50 @@ class HeldCall:
 OnHeld = Callable[[HeldCall], None]
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What a held call needs to go on: who waits for its answer, how it is sent, and in what context it was made."""
+
+    call: HeldCall
+    answer: asyncio.Future[Any]
+    send: Callable[[], asyncio.Future[Any]]
+    context: Context
+
+
 class Gate:
     """The gate of one connection; open until it is closed."""
 
     def __init__(self, connection: Any) -> None:
         self._send = connection.send_message_to_server
         self._on_held: OnHeld | None = None
-        self._held: list[tuple[asyncio.Future[Any], Callable[[], asyncio.Future[Any]]]] = []
+        self._held: list[_Held] = []
         self._ended = False
         connection.send_message_to_server = self._pass_or_hold
 
     def close(self, on_held: OnHeld) -> None:
-        """Hold every call from now on; `on_held` is told of each at once, in the task that makes it."""
+        """Hold every call from now on; `on_held` is told of each at once, in the context in which it is made.
+
+        Of those that are held already it is told too: where the code stands still, nothing new would come.
+        """
         self._on_held = on_held
+        for held in self._held:
+            if not held.answer.done():
+                held.context.run(on_held, held.call)
 
     def open(self) -> None:
         """Let the held calls go on, in the order in which they came."""
         self._on_held = None
-        held, self._held = self._held, []
-        for answer, send in held:
-            if not answer.done():
-                _follow(send, answer)
+        waiting, self._held = self._held, []
+        for held in waiting:
+            if not held.answer.done():
+                _follow(held.send, held.answer)
 
     def end(self) -> None:
         """Never let them go on, nor any later one."""
         self._ended = True
-        held, self._held = self._held, []
-        for answer, _ in held:
-            answer.cancel()
+        waiting, self._held = self._held, []
+        for held in waiting:
+            held.answer.cancel()
 
     def _pass_or_hold(self, target: Any, method: str, params: Any, options: dict[str, Any]) -> asyncio.Future[Any]:
         acts = target._type in _HELD and method not in _LET_THROUGH and not options.get("internal")
@@ -77,7 +94,8 @@ class Gate:
             params.get("url"),
             tuple((frame["file"], frame["line"]) for frame in options.get("frames") or ()),
         )
-        self._held.append((answer, partial(self._send, target, method, params, options)))
+        send = partial(self._send, target, method, params, options)
+        self._held.append(_Held(call, answer, send, copy_context()))
         self._on_held(call)
         return answer
 

@@ -352,7 +352,7 @@ class Session:
 
     def hold_actions(self, on_held: OnHeld) -> None:
         """Let whatever the run's code asks of its pages from now on stand still; `on_held` is told of each call, in the
-        task that makes it. Others reach the pages as before."""
+        context in which it is made. Others reach the pages as before."""
         self._gate.close(on_held)
 
     def release_actions(self) -> None:
