@@ -79,17 +79,14 @@ def settle_step(run: Run, given: Given, channel: Channel) -> list[ev.Event]:
     doubts = [request for request in run.open_requests() if request.opened.kind == "in-doubt"]
     if given.step is None or stopped is None or doubts or given.request_id is not None:
         return []
-    standing = [step for step in run.running_steps() if step.key.rpartition("#")[0].rpartition("/")[2] == stopped.step]
-    if given.step == "again" or len(standing) != 1:
-        if given.step == "again" and standing:
-            return [
-                ev.StepReset(key=step.key, generation=run.generation(step.key) + 1, reason=f"again, said {channel.by}")
-                for step in standing
-            ]
+    step = next((step for step in run.running_steps() if step.key == stopped.step), None)
+    if step is None:
         raise NotAllowed(
             f"Run {run.run_id} stands at no step that could be called done. resume(run_id={run.run_id!r}) goes on."
         )
-    step = standing[0]
+    if given.step == "again":
+        again = run.generation(step.key) + 1
+        return [ev.StepReset(key=step.key, generation=again, reason=f"again, said {channel.by}")]
     return [ev.StepSettled(key=step.key, generation=step.generation, value=given.value, by=channel.by)]
 
 

@@ -23,7 +23,8 @@ import anyio
 
 from mcp_flow import events as ev
 from mcp_flow import fingerprint, replay, scope
-from mcp_flow.browser.session import BROWSER_ENDED, Checkpoint, OnEvent, PausedAt, Session, is_popup
+from mcp_flow.browser.gate import HeldCall
+from mcp_flow.browser.session import BROWSER_ENDED, Checkpoint, OnEvent, Session, is_popup
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import MISSING, Codec, Workflow, annotation_of, codec
 from mcp_flow.errors import (
@@ -51,6 +52,8 @@ START_DELAY = 0.05
 """Within which the start of a plain step is written, unless its end comes first."""
 SETTLE = 0.05
 """How long nothing may happen before several branches count as waiting."""
+UNSEEN = frozenset({"timer", "event", "takeover"})
+"""The requests for whose opening no record of the page is kept."""
 DOWNLOAD_SECONDS = 1.0
 """How long a wait is put off for downloads under way, so that whoever looks finds them."""
 
@@ -110,6 +113,7 @@ class Attempt:
         self._background: set[asyncio.Task[Any]] = set()
         self._observing: set[asyncio.Task[None]] = set()
         self._held = False
+        self._taken: ev.HijackRequested | None = None
         self._given_up = asyncio.Event()
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -602,8 +606,8 @@ class Attempt:
             await self._decide(plan)
         finally:
             self._opening -= 1
-        if kind not in ("timer", "event") and (opened := self.run.requests.get(request_id)):
-            self._spawn(self._keep_stop(opened.seq))
+        if kind not in UNSEEN and (opened := self.run.requests.get(request_id)):
+            self._spawn(self._keep_stop(f"stop-{opened.seq}"))
         return await self._until_settled(key, terms)
 
     def _settled_at_once(self, run: Run, opened: ev.Event) -> ev.Event | None:
@@ -775,8 +779,8 @@ class Attempt:
         return await self.pages.get(name)
 
     def _attached(self) -> None:
-        if self.run.hijack and not self.run.hijack.stopped:
-            self._spawn(self._stop_at_action())
+        if self.run.hijack:
+            self._hold_actions()
 
     def _on_page_event(self, what: str, details: dict[str, Any]) -> None:
         """Journal what the browser did by itself, and end the attempt where that took its pages."""
@@ -840,9 +844,9 @@ class Attempt:
                 kept.append(await self._keep(f"{moment}.txt", text.encode("utf-8", "replace"), None))
         return kept
 
-    async def _keep_stop(self, seq: int) -> None:
+    async def _keep_stop(self, moment: str) -> None:
         with suppress(FlowError):  # the run has gone on, or ended
-            await self._keep_evidence(f"stop-{seq}")
+            await self._keep_evidence(moment)
 
     async def _keep(self, name: str, content: bytes, key: str | None) -> str:
         path = self._folder() / name
@@ -862,46 +866,77 @@ class Attempt:
         hijack = self.run.hijack
         if hijack is None:
             self._held = False
-            if not self._gate.is_set():
-                self._gate.set()
-                if self.pages.session:
-                    self._spawn(self.pages.session.resume())
+            self._gate.set()
+            if self.pages.session:
+                self.pages.session.release_actions()
         elif self._gate.is_set():
             self._gate.clear()
+            self._taken = hijack.requested
+            self._hold_actions()
             if hijack.stopped is None and self.run.idle:
                 self._spawn(self._stop_between_steps(None))  # it came to its wait before it heard of the hijack
-            elif hijack.stopped is None:
-                self._spawn(self._stop_at_action())
+            elif hijack.stopped and all(request.opened.kind in UNSEEN for request in self.run.open_requests()):
+                self._keep_hijack_soon()
+        elif self._taken is not hijack.requested:
+            # Handed back and taken anew before this attempt heard of either: whatever waits at the gate stops again.
+            self._taken = hijack.requested
+            self._gate.set()
+            self._gate.clear()
+            self._hold_actions()
 
     def _settle_waits(self) -> None:
         for request_id, future in list(self._waits.items()):
             if self.run.requests[request_id].status != "open" and not future.done():
                 future.set_result(None)
 
-    async def _stop_at_action(self) -> None:
+    def _hold_actions(self) -> None:
         if self.pages.session:
-            await self.pages.session.request_pause(lambda paused: self._spawn(self._hijacked(paused, None)))
+            self.pages.session.hold_actions(self._on_held)
+
+    def _on_held(self, call: HeldCall) -> None:
+        """An action stands still: the first is where the code stopped, later ones are of its other tasks."""
+        self._held = True
+        hijack = self.run.hijack
+        if hijack and hijack.stopped is None:
+            self._spawn(self._stop_at_action(hijack.at, call, scope.running_key()))
+
+    async def _stop_at_action(self, hijacked_at: str, call: HeldCall, key: str | None) -> None:
+        session = self.pages.session
+        action = await session.describe(call) if session else call.name
+        own = (place for place in call.lines if self.owns(*place))
+        file, line = next(own, next(iter(call.lines), (None, None)))
+        if start := self._starts.get(key or ""):
+            start.write_soon()  # who says what became of the step refers to its start
+        said = self._secrets.mask(action)[:500]
+        await self._hijacked(hijacked_at, ev.RunHijacked(step=key, action=said, file=file, line=line))
 
     async def _stop_between_steps(self, step: str | None) -> None:
-        """No step runs and none may begin: the code stands still, and needs no pause at an action any more."""
+        """No step runs and none may begin: the code stands still."""
         hijack = self.run.hijack
         if hijack and hijack.stopped is None and not self._busy:
-            await self._hijacked(None, step)
-            if self.pages.session:
-                await self.pages.session.resume()
+            await self._hijacked(hijack.at, ev.RunHijacked(step=step))
 
-    async def _hijacked(self, paused: PausedAt | None, step: str | None) -> None:
-        """Journal that the code stands still, once."""
-        self._held = paused is not None
-        place = {"file": paused.file, "line": paused.line, "action": paused.action} if paused else {}
-        event = ev.RunHijacked(step=step or next(iter(self._busy.values()), None), **place)  # type: ignore[arg-type]
+    async def _hijacked(self, hijacked_at: str, stopped: ev.RunHijacked) -> None:
+        """Journal that the code stands still, once, and keep what its page shows.
+
+        A page that was handed back and taken anew since `hijacked_at` is taken from code that has gone on.
+        """
+
+        first = False
 
         def plan(run: Run) -> list[ev.Event]:
-            return [event] if run.hijack and run.hijack.stopped is None else []
+            nonlocal first
+            first = run.hijack is not None and run.hijack.stopped is None and run.hijack.at == hijacked_at
+            return [stopped] if first else []
 
         with suppress(LeaseLost, IllegalEvent):
             await self._decide(plan)
+            if first:
+                self._keep_hijack_soon()
         self._announce(self.run.run_id)
+
+    def _keep_hijack_soon(self) -> None:
+        self._spawn(self._keep_stop(f"hijack-{self.run.seq}"))
 
     # --- inside ---
 

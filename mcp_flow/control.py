@@ -640,7 +640,7 @@ class Control:
 
     async def note_actions(self, run_id: str, channel: Channel, lines: Sequence[str], outcome: str) -> None:
         """Journal what was done in the run's page."""
-        event = ev.PageActed(lines=[line[:1000] for line in lines], outcome=outcome[:500], by=channel.by)
+        event = ev.PageActed(lines=list(lines), outcome=outcome[:500], by=channel.by)
         with contextlib.suppress(FlowError):  # a remark must not fail what it remarks on
             await self._store.append(run_id, event)
 

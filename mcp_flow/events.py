@@ -396,7 +396,10 @@ class HijackRequested(Event):
 
 
 class RunHijacked(Event):
-    """The run's code stands still and the holder has the page."""
+    """The run's code stands still and the holder has the page.
+
+    `step` is the key of the step whose `action` stands still, or the name of one that was about to begin or failed.
+    """
 
     type: ClassVar[str] = "run.hijacked"
     step: str | None = None

@@ -14,6 +14,7 @@ from playwright.async_api import Error, Page
 from mcp_flow import events as ev
 from mcp_flow.browser.session import Checkpoint, Session
 from mcp_flow.errors import FlowError, PageGone
+from mcp_flow.page.guard import aside
 from mcp_flow.page.snapshot import record
 from mcp_flow.run import Run
 from mcp_flow.secrets import SECRET_FIELDS
@@ -175,9 +176,9 @@ class Pages:
         if page is None or page.is_closed():
             return None
         with suppress(Exception):  # a page that hangs or is gone has no picture
-            return await page.screenshot(
-                timeout=SCREENSHOT_MS, mask=[frame.locator(SECRET_FIELDS) for frame in page.frames]
-            )
+            masks = [frame.locator(SECRET_FIELDS) for frame in page.frames]
+            # Beside the workflow, whose own calls a hijack holds.
+            return await aside(page, lambda: page.screenshot(timeout=SCREENSHOT_MS, mask=masks))
         return None
 
     async def record(self, secrets: Iterable[str]) -> str | None:

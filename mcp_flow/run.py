@@ -136,8 +136,6 @@ class Hijack:
     used_at: str
     stopped: ev.RunHijacked | None = None
     expired: bool = False
-    lines: list[str] = field(default_factory=list)
-    """What was done with the page since, as Python."""
 
     @property
     def held(self) -> bool:
@@ -202,6 +200,8 @@ class Run:
     losses: int = 0
     """How often in a row the pages were lost without a step that finished in between."""
     hijack: Hijack | None = None
+    by_hand: list[str] = field(default_factory=list)
+    """What was done with the page since the code stopped, as Python; it outlives a hold that expires."""
     inbox: tuple[Received, ...] = ()
     event_keys: dict[str, str] = field(default_factory=dict)
     """The names of the events received, by their keys."""
@@ -275,8 +275,9 @@ class Run:
         twin.waits, twin.generations, twin.pages = dict(self.waits), dict(self.generations), dict(self.pages)
         twin.remarks, twin.artifacts = set(self.remarks), list(self.artifacts)
         twin.event_keys, twin.failed_tries = dict(self.event_keys), dict(self.failed_tries)
+        twin.by_hand = list(self.by_hand)
         if self.hijack:
-            twin.hijack = replace(self.hijack, lines=list(self.hijack.lines))
+            twin.hijack = replace(self.hijack)
         return twin
 
     @property
@@ -566,9 +567,10 @@ class Run:
             case ev.PageActed() as event:
                 if self.hijack:
                     self.hijack.used_at = recorded.at
-                    self.hijack.lines += event.lines
+                    self.by_hand += event.lines
             case ev.HijackReleased():
                 self.hijack = None
+                self.by_hand.clear()
             case ev.WorkerBlocked() as event:
                 self.blocked = event
             case ev.AttemptCompared() as event:
@@ -609,6 +611,7 @@ class Run:
                     self.idle, self.idle_since = True, recorded.at
             case ev.RunResumed() as event:
                 self.revision, self.error, self.idle, self.active = event.revision, None, False, False
+                self.by_hand.clear()
                 self.crashes = self.losses = 0
                 self.on_hold = False
             case ev.RunBudgeted() as event:
@@ -650,6 +653,8 @@ class Run:
         """Let the run go on with an answer, unless it failed: a failure waits for `resume`."""
         if self.error is None:
             self.idle = False
+            if self.hijack is None:
+                self.by_hand.clear()
 
     def _end(self, status: Status, seq: int) -> None:
         for request in self.unanswered.values():

@@ -81,8 +81,8 @@ def show_run(
         view["why"] = run.reason
     if error := run.error or _awaiting_help(run):
         view["error"] = error.model_dump(exclude_defaults=True)
-    if not run.ended and (step := next(iter(run.running_steps()), None)):
-        view["step"] = step.key
+    if not run.ended and (step := standing_at(run)):
+        view["step"] = step
     if pending := [show_request(request, run, typed) for request in run.open_requests()]:
         view["pending"] = pending
         view.setdefault("why", run.open_requests()[0].opened.prompt)
@@ -105,8 +105,8 @@ def show_run(
         view["why"] = f"{held} the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
         if run.hijack.expires:
             view["held_until"] = run.hijack.expires.isoformat()
-        if patch := patch_of(run):
-            view["patch"] = patch
+    if not run.ended and (patch := patch_of(run)):
+        view["patch"] = patch
     if run.on_hold:
         view["why"] = "it is held back until resume"
     if run.inbox:
@@ -131,14 +131,24 @@ def _awaiting_help(run: Run) -> ev.Failure | None:
 
 def patch_of(run: Run) -> dict[str, Any] | None:
     """What was done by hand since the page was taken, as lines for the workflow at the step that stood still."""
-    if run.hijack is None or not run.hijack.lines:
+    if not run.by_hand:
         return None
-    place: dict[str, Any] = {}
-    if stopped := run.hijack.stopped:
-        place = {"step": stopped.step, "file": stopped.file, "line": stopped.line}
+    place: dict[str, Any] = {"step": standing_at(run)}
+    if run.hijack and (stopped := run.hijack.stopped):
+        place |= {"file": stopped.file, "line": stopped.line}
     if run.error:
         place = {"step": run.error.step, "file": run.error.file, "line": run.error.line}
-    return {name: value for name, value in place.items() if value is not None} | {"lines": list(run.hijack.lines)}
+    return {name: value for name, value in place.items() if value is not None} | {"lines": list(run.by_hand)}
+
+
+def standing_at(run: Run) -> str | None:
+    """The step at which a run is or stands still: where it was hijacked, what runs, or what has asked for something."""
+    if run.hijack and run.hijack.stopped and run.hijack.stopped.step:
+        return run.hijack.stopped.step
+    if step := next(iter(run.running_steps()), None):
+        return step.key
+    asked = (request.opened for request in run.open_requests() if request.opened.kind != "takeover")
+    return next((step_of(opened.key) for opened in asked), None)
 
 
 def _page(run: Run, browser_lives: bool) -> dict[str, Any] | None:

@@ -268,7 +268,7 @@ async def test_a_hijack_stops_a_run_at_its_next_action_and_resume_lets_it_go_on(
     run = await house.until(run_id, "hijacked")
     assert run.hijack
     assert run.hijack.stopped
-    assert run.hijack.stopped.step == "add"
+    assert run.hijack.stopped.step == "add#1"
     assert (run.hijack.stopped.file, run.hijack.stopped.line) == (
         str(house.file),
         house.line_of('page.click("button")'),

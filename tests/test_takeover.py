@@ -346,6 +346,33 @@ async def test_code_that_stood_still_is_paused_after_that_and_goes_on_only_with_
     assert await house.finished(run_id) == "done"
 
 
+async def test_what_was_done_by_hand_is_kept_when_a_hold_expires_until_the_run_goes_on(
+    house: House, time: Clock
+) -> None:
+    waiting, _ = await asking(house)
+    stopped = await house.control.start("gated", {"gate": "six"}, headless=False)
+    await house.event(stopped, ev.StepStarted)
+    await house.control.hijack(stopped, AGENT, "mine")
+    await open_gate(house, "six")
+    await house.until(stopped, "hijacked")
+    await house.control.hijack(waiting, AGENT, "mine")
+    async with Client(build(house.settings)) as client:
+        for run_id, status in ((waiting, "waiting-input"), (stopped, "paused")):
+            await house.control.note_actions(run_id, AGENT, ["await page.click('a')"], "done")
+            run = await expired(house, time, run_id)
+            assert run.status == status
+            await house.control.hijack(run_id, AGENT, "again")
+            await house.control.note_actions(run_id, AGENT, ["await page.click('b')"], "done")
+            patch = (await call(client, "get_run", run_id=run_id))["patch"]
+            assert patch["lines"] == ["await page.click('a')", "await page.click('b')"]
+            assert patch["step"] == {waiting: "Which word?#1", stopped: "after"}[run_id]
+            await house.resume(run_id)
+            assert "patch" not in await call(client, "get_run", run_id=run_id)
+    await house.store.rebuild()
+    await house.resume(waiting, value="word")
+    assert (await house.finished(waiting), await house.finished(stopped)) == ("word", "done")
+
+
 async def test_using_the_page_holds_it_longer_and_another_may_take_it_afterwards(house: House, time: Clock) -> None:
     run_id, _ = await asking(house)
     await house.control.hijack(run_id, AGENT, "mine")

@@ -34,6 +34,7 @@ from playwright.async_api import (
 from mcp_flow import config
 from mcp_flow.browser import host as hosts
 from mcp_flow.browser import proxy
+from mcp_flow.browser.gate import Gate, HeldCall, OnHeld
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.errors import BrowserUnavailable, PageGone
 from mcp_flow.rails import Rails, place
@@ -70,15 +71,6 @@ class Checkpoint:
 
     urls: dict[str, str] = field(default_factory=dict)
     storage: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PausedAt:
-    """The action that stands still, and the line that called it."""
-
-    file: str
-    line: int
-    action: str
 
 
 class Driver:
@@ -221,7 +213,7 @@ class Session:
         self._answered.set()
         self._saving: set[asyncio.Task[None]] = set()
         self._reports: set[asyncio.Task[None]] = set()
-        self._on_paused: Callable[[PausedAt], None] | None = None
+        self._gate = Gate(browser._impl_obj._connection)
         self._ending = False
         self._crashed: str | None = None
         browser.on("disconnected", lambda _: self._report_end())
@@ -358,23 +350,24 @@ class Session:
         if url and page.url != url:
             await page.goto(url)
 
-    async def request_pause(self, on_paused: Callable[[PausedAt], None]) -> None:
-        """Stop the next action in the context, whichever client asks for it, and report where it stands."""
-        try:
-            context = await self._ensure_context()
-            self._on_paused = on_paused
-            if context.debugger.paused_details:
-                self._on_debugger()
-            else:
-                await context.debugger.request_pause()
-        except (Error, TimeoutError) as error:
-            raise self._lost(error) from error
+    def hold_actions(self, on_held: OnHeld) -> None:
+        """Let whatever the run's code asks of its pages from now on stand still; `on_held` is told of each call, in the
+        context in which it is made. Others reach the pages as before."""
+        self._gate.close(on_held)
 
-    async def resume(self) -> None:
-        """Let the action that stands still go on; if none does yet, none will."""
-        self._on_paused = None
-        if self._context and self._context.debugger.paused_details:
-            await self._lift_pause(self._context)
+    def release_actions(self) -> None:
+        """Let what stands still go on."""
+        self._gate.open()
+
+    async def describe(self, call: HeldCall) -> str:
+        """A call and what it is about, without what it would have typed: `Page.click locator("button")`."""
+        about = call.url
+        if call.selector:
+            utils: Any = self._browser._impl_obj._connection.local_utils()
+            with contextlib.suppress(Error):
+                told = await utils._channel.asLocatorDescription(selector=call.selector, sdkLanguage="python")
+                about = told["description"]
+        return f"{call.name} {about}" if about else call.name
 
     async def detach(self) -> None:
         """Close the connection; the context and its pages stay as they are."""
@@ -389,10 +382,7 @@ class Session:
     async def _take_over(self, found: Mapping[str, Page], known: Sequence[PageRecord]) -> bool:
         """Make the found pages ours, as far as they respond; False if none does."""
         self._context = context = next(iter(found.values())).context
-        # First of all, because the very first call may run into a pause that a client asked for before it died.
         self._watch(context)
-        if context.debugger.paused_details:
-            await self._lift_pause(context)
         records = [record for record in known if record.target_id in found]
         responding = await asyncio.gather(*(_responds(found[record.target_id]) for record in records))
         for record, responds in zip(records, responding, strict=True):
@@ -522,26 +512,10 @@ class Session:
         context.on("download", self._on_download)
         context.on("page", self._on_page)
         context.on("requestfailed", self._on_failed)
-        context.debugger.on("pausedstatechanged", self._on_debugger)
 
     def _watch_page(self, page: Page) -> None:
         page.on("close", partial(self._on_gone, "page-closed"))
         page.on("crash", partial(self._on_gone, "page-crashed"))
-
-    def _on_debugger(self) -> None:
-        if self._context is None or not (details := self._context.debugger.paused_details):
-            return
-        on_paused, self._on_paused = self._on_paused, None
-        if on_paused:
-            place = details["location"]
-            on_paused(PausedAt(place["file"], place.get("line") or 0, details["title"]))
-        else:
-            # Asked for by a client that is dead by now, or withdrawn before an action came.
-            self._report(self._lift_pause(self._context))
-
-    async def _lift_pause(self, context: BrowserContext) -> None:
-        with contextlib.suppress(Error):  # somebody else was faster
-            await context.debugger.resume()
 
     def _report_end(self) -> None:
         if not self._ending:
@@ -621,6 +595,7 @@ class Session:
             self._on_event("download", about | {"path": str(path)})
 
     async def _end(self, *, close_context: bool = False) -> None:
+        self._gate.end()
         with contextlib.suppress(Error, TimeoutError):
             if pending := [*self._opening.values(), *([self._making] if self._making else [])]:
                 await asyncio.wait(pending, timeout=CLOSE_SECONDS - 1)

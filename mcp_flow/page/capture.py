@@ -25,6 +25,8 @@ _TURNS = 3
 """After so many turns of the event loop a call is on its way to the browser."""
 _FAILED_LOAD = "Failed to load resource: "
 """How Chromium begins what it logs of every request that fails, or is answered with an error."""
+_TAIL = 50
+"""How many of the last console lines a capture holds."""
 _UNASKED = "/favicon.ico"
 """What the browser asks for by itself; no page fails for want of it."""
 
@@ -55,7 +57,8 @@ class Capture:
     """A page at one moment, without invisible characters, its secrets hidden.
 
     `document` tells this document from those before and after it at the same address; `status` is the HTTP status
-    it was answered with, 0 where there is none; `errors` and `failed` are what the page's log holds, oldest first.
+    it was answered with, 0 where there is none. What the page's log holds is oldest first: `errors`, `thrown` and
+    `failed` all of it, `console` the last lines of every type, each after that, but for those that `failed` tells.
     """
 
     lines: Sequence[Line]
@@ -66,6 +69,7 @@ class Capture:
     errors: Sequence[str]
     thrown: Sequence[str]
     failed: Sequence[str]
+    console: Sequence[str]
     pages: int
     screenshot: bytes | None = None
 
@@ -112,6 +116,7 @@ async def _captured(page: Page, known: Secrets, screenshot: bool, *, last: bool)
         lines = [_hidden(line, secrets) for line in lines]
     logged = [message for message in console if message.type == "error"]
     failed = [message for message in logged if message.text.startswith(_FAILED_LOAD)]
+    tail = [message for message in console if not message.text.startswith(_FAILED_LOAD)][-_TAIL:]
 
     def said(texts: Iterable[str]) -> tuple[str, ...]:
         return tuple(secrets.hide(normal(text)) for text in texts)
@@ -125,6 +130,7 @@ async def _captured(page: Page, known: Secrets, screenshot: bool, *, last: bool)
         errors=said(message.text for message in logged if not message.text.startswith(_FAILED_LOAD)),
         thrown=said(str(error) for error in thrown),
         failed=said(_failed(message) for message in failed if not _url(message).endswith(_UNASKED)),
+        console=said(f"{message.type}: {message.text}" for message in tail),
         pages=len(page.context.pages),
         screenshot=picture,
     )

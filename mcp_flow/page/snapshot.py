@@ -142,11 +142,12 @@ async def record(page: Page, *, secrets: Iterable[str] = ()) -> str:
     """
     captured = await capture(page, secrets)
     status = f" ({captured.status})" if captured.status else ""
-    log = [("console error", captured.errors), ("page error", captured.thrown), ("failed request", captured.failed)]
+    log = [("page error", captured.thrown), ("failed request", captured.failed)]
     lines = [
         f"url: {shown_url(captured.url, 2000)}{status}",
         f"title: {captured.title}",
         *(f"{kind}: {text}" for kind, texts in log for text in texts),
+        *(f"console {text}" for text in captured.console),
         "",
         *("  " * line.depth + line._replace(ref=None).shown() for line in captured.lines),
     ]

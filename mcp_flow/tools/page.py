@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,13 +14,17 @@ from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field
 
 from mcp_flow.errors import FlowError, NotAllowed, PageGone
-from mcp_flow.secrets import masked
+from mcp_flow.secrets import HIDDEN, masked
 from mcp_flow.tools import state
 from mcp_flow.tools.register import answer
 from mcp_flow.tools.runs import AGENT, Wait
 
 if TYPE_CHECKING:
+    from playwright.async_api import Page
+
+    from mcp_flow.app import App
     from mcp_flow.page.exec_js import Evaluation
+    from mcp_flow.run import Run
 
 MaxChars = Annotated[int, Field(ge=500, le=100_000)]
 
@@ -98,6 +104,7 @@ async def exec_js(
             if mode == "write":
                 await app.control.check_page(run_id, AGENT)
             async with app.page(run, page) as live:
+                lines = await _evaluation(app, run, live, page, code, ref, locator) if mode == "write" else ()
                 result = await evaluate(
                     live,
                     code,
@@ -116,6 +123,8 @@ async def exec_js(
                 await app.control.note_evaluation(run_id, AGENT, code, mode, f"{type(error).__name__}: {error}")
             raise
         await app.control.note_evaluation(run_id, AGENT, code, mode, result.type)
+        if lines:
+            await app.control.note_actions(run_id, AGENT, lines, "exec_js")
     return answer(shown(result, run_id, run.status, max_chars, state.following(app, run)))
 
 
@@ -167,8 +176,7 @@ async def act(
     folders = app.settings.upload_folders(run_id)
     checked(actions, folders)
     call = f"snapshot(run_id={json.dumps(run_id)}" + ("" if page == "main" else f", page={json.dumps(page)}")
-    secrets = await app.secrets_of(run)
-    key, hidden = (run_id, page), list(secrets.values())
+    key, hidden = (run_id, page), list((await app.secrets_of(run)).values())
     await app.control.check_page(run_id, AGENT)
     with state.carried_through():
         async with app.page(run, page) as live:
@@ -198,14 +206,16 @@ async def act(
                 actions,
                 observe=observe,
                 known=app.looks.known(key),
-                mask=partial(masked, known=secrets),
+                mask=await _mask(app, run),
                 folders=folders,
                 look=f"{call})",
+                name=_variable(run, page)[0],
                 take=partial(app.control.take_page, run_id, AGENT, "act"),
                 explain=partial(app.explain, run),
                 left=partial(app.left, run, page),
             )
         outcome = f"{type(acted.error).__name__}: {acted.error}" if acted.error else ", ".join(acted.done)
+        acted = replace(acted, python=_lines(run, page, acted.python))
         await app.control.note_actions(run_id, AGENT, acted.python, outcome)
     if acted.error:
         raise acted.error
@@ -223,3 +233,57 @@ async def hijack(
     app = await state.app(ctx)
     await app.control.hijack(run_id, AGENT, reason, holder)
     return answer(await state.watched(ctx, app, run_id, wait_s))
+
+
+async def _mask(app: App, run: Run) -> Callable[[str], str]:
+    """Replaces secrets by their names, and hides those that were given as answers: authors have no name for them."""
+    known, answers = await app.secrets_of(run), await app.store.secret_answers(run.run_id)
+
+    def mask(text: str) -> str:
+        text = masked(text, known)
+        for reference in answers:
+            text = text.replace(f"[secret {reference}]", HIDDEN)
+        return text
+
+    return mask
+
+
+def _variable(run: Run, page: str) -> tuple[str, str | None]:
+    """What a page is called in the lines for the workflow, and the line that makes it so unless one before does."""
+    from mcp_flow.page.statements import OPENED, variable
+
+    popups = [name for name in run.pages if name.startswith("popup-")]
+    if popups[-1:] == [page] and any(line.endswith(OPENED) for line in run.by_hand):
+        return "popup", None
+    return variable(page)
+
+
+def _lines(run: Run, page: str, statements: tuple[str, ...]) -> tuple[str, ...]:
+    """Statements as they are recorded: none too long, the page's variable made before its first use."""
+    from mcp_flow.page.statements import within
+
+    _, making = _variable(run, page)
+    made = [making] if making and statements and making not in run.by_hand else []
+    return (*made, *map(within, statements))
+
+
+async def _evaluation(
+    app: App, run: Run, live: Page, page: str, code: str, ref: str | None, locator: str | None
+) -> tuple[str, ...]:
+    """The lines that evaluate in a workflow what is about to be evaluated by hand."""
+    from playwright.async_api import Error
+
+    from mcp_flow.page.guard import aside
+    from mcp_flow.page.statements import escaped, evaluation, literal
+
+    found, _ = _variable(run, page)
+    if locator is not None:
+        found += f".locator({literal(locator)})"
+    elif ref is not None:
+        try:
+            found += f".{escaped(str(await aside(live, live.get_by_ref(ref).normalize)))}"
+        except Error:  # there is no such element, which the evaluation says
+            return ()
+    mask = await _mask(app, run)
+    statement = evaluation(found, mask(code), bound=ref is not None or locator is not None)
+    return _lines(run, page, (statement,))

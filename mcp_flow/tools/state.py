@@ -13,7 +13,7 @@ import anyio
 from mcp.server.mcpserver import Context
 
 from mcp_flow.errors import FlowError, InvalidInput
-from mcp_flow.views import RunView, next_call, show_request_row
+from mcp_flow.views import RunView, next_call, show_request_row, standing_at
 
 if TYPE_CHECKING:
     from mcp_flow.app import App
@@ -71,8 +71,8 @@ def facts(app: App, run: Run) -> list[str]:
     status = app.status(run)
     assert run.created
     lines = [f"run {run.run_id} ({run.created.workflow}): {status}"]
-    if step := next(iter(run.running_steps()), None):
-        lines[0] += f" at step {step.key}"
+    if not run.ended and not run.error and (step := standing_at(run)):
+        lines[0] += f" at step {step}"
     if run.error:
         at = f" at step {run.error.step}" if run.error.step else ""
         lines.append(f"failed{at} with {run.error.type}")

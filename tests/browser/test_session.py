@@ -19,8 +19,9 @@ from processes import parent, processes, run_python, until
 
 from mcp_flow.browser import host
 from mcp_flow.browser import session as session_module
+from mcp_flow.browser.gate import HeldCall
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Checkpoint, Driver, PageRecord, PausedAt, Session, attach, sweep
+from mcp_flow.browser.session import Checkpoint, Driver, PageRecord, Session, attach, sweep
 from mcp_flow.config import Settings
 from mcp_flow.errors import BrowserUnavailable, PageGone
 from mcp_flow.rails import Rails
@@ -46,9 +47,9 @@ async def main():
     await page.goto(sys.argv[2])
     await page.fill("#q", "half a sentence")
     if sys.argv[4] == "about to pause":
-        await session.request_pause(print)
+        session.hold_actions(print)
     if sys.argv[4] == "paused":
-        await session.request_pause(lambda at: print(records, flush=True))
+        session.hold_actions(lambda call: print(records, flush=True))
         records = json.dumps([[r.name, r.target_id] for r in await session.records()])
         await page.click("button")
     if sys.argv[4] == "dialog":
@@ -375,32 +376,49 @@ async def test_a_crashed_page_is_reported(open_session: Opener, events: Events) 
     assert session.pages == {}
 
 
-async def test_a_pause_stops_the_next_action_and_says_where(open_session: Opener, site: str) -> None:
+async def test_actions_are_held_until_released_each_of_them_and_say_what_they_are(
+    open_session: Opener, site: str
+) -> None:
     session = await open_session()
     page = await session.page()
     await page.goto(site)
-    paused: list[PausedAt] = []
-    await session.request_pause(paused.append)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(page.click, "button")
-        (at,) = await until(lambda: paused)
-        assert "lick" in at.action
-        assert at.file
-        assert await page.title() == "site"
-        await session.resume()
-    assert await page.evaluate("window.hits") == 1
+    held: list[HeldCall] = []
 
-
-async def test_a_pause_that_was_withdrawn_stops_nothing(open_session: Opener, site: str) -> None:
-    session = await open_session()
-    page = await session.page()
-    await page.goto(site)
-    paused: list[PausedAt] = []
-    await session.request_pause(paused.append)
-    await session.resume()
-    with anyio.fail_after(5):
+    async def click() -> None:
         await page.click("button")
-    assert paused == []
+
+    session.hold_actions(held.append)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(click)
+        tasks.start_soon(page.locator("#q").fill, "a secret")
+        tasks.start_soon(page.evaluate, "window.seen = 1")
+        await until(lambda: len(held) == 3)
+        assert await page.title() == "site"
+        told = [await session.describe(call) for call in held]
+        assert told == ['Page.click locator("button")', 'Locator.fill locator("#q")', "Page.evaluate"]
+        assert held[0].lines[0] == (__file__, click.__code__.co_firstlineno + 1)
+        session.release_actions()
+    assert await page.evaluate("[window.hits, window.seen, document.querySelector('#q').value]") == [1, 1, "a secret"]
+
+
+async def test_a_held_action_may_be_given_up_and_none_outlives_its_session(open_session: Opener, site: str) -> None:
+    session = await open_session()
+    page = await session.page()
+    await page.goto(site)
+    held: list[HeldCall] = []
+    session.hold_actions(held.append)
+    with anyio.move_on_after(0.05):
+        await page.click("button")
+    session.release_actions()
+    assert await page.evaluate("window.hits") != 1
+    session.hold_actions(held.append)
+    clicking = asyncio.ensure_future(page.click("button"))
+    await until(lambda: len(held) == 2)
+    await session.detach()
+    await asyncio.wait([clicking], timeout=5)
+    assert clicking.cancelled()
+    with pytest.raises(Error, match="no longer its own"):
+        await page.click("button")
 
 
 async def test_detaching_leaves_the_context_and_closing_ends_it(open_session: Opener, site: str) -> None:

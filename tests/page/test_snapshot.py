@@ -601,11 +601,14 @@ async def test_a_look_leaves_the_requested_pause_to_the_workflow(see: Eyes) -> N
 
 async def test_a_record_holds_every_line_and_the_log_of_the_moment(see: Eyes, site: str) -> None:
     await see.page.goto(f"{site}/missing")
-    await see.page.evaluate("console.error('bad thing')")
+    said = "console.log('old'); for (let n = 0; n < 50; n++) console.info(`n${n}`); console.warn('hm')"
+    await see.page.evaluate(f"{said}; console.error('bad thing')")
     await see.page.evaluate(f"document.body.insertAdjacentHTML('beforeend', {SHOP!r})")
     kept = await record(see.page)
     assert kept.startswith(f"url: {site}/missing (404)\ntitle: Gone\n")
-    assert "console error: bad thing" in kept
+    tail = [line for line in kept.splitlines() if line.startswith("console ")]
+    assert tail == [*(f"console info: n{n}" for n in range(2, 50)), "console warning: hm", "console error: bad thing"]
+    assert "failed request: 404" in kept
     assert kept.count("- link ") == 200
     assert "- /url: /item/199" in kept
     assert "[ref=" not in kept
