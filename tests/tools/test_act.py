@@ -195,11 +195,12 @@ async def test_a_client_that_cancels_leaves_what_was_done_in_the_journal(
             await either.call_tool(tool, {"run_id": run_id, **more})
         assert scope.cancel_called
     with anyio.fail_after(20):
-        while len(events := await noted(either, run_id)) < 3:
+        while len(events := await noted(either, run_id)) < 4:
             await anyio.sleep(0.05)
-    _, acted, evaluated = events
+    _, acted, evaluated, recorded = events
     assert acted["lines"] == ['await page.get_by_role("textbox", name="Name").fill("done")']
     assert (evaluated["code"], evaluated["outcome"]) == (code, "undefined")
+    assert "document.title = 'changed'" in recorded["lines"][-1]
     found = await call(either, "exec_js", run_id=run_id, code="[document.title, document.querySelector('#name').value]")
     assert found["value"] == ["changed", "done"]
 
