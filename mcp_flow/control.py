@@ -424,10 +424,10 @@ class Control:
     ) -> list[str]:
         """Send an event to one run, where it is kept until it is waited for, or to all that wait; returns who took it.
 
-        The same `key` again is the same event: no run receives it twice, and who waits for it only later does not
-        get it. Raises `InvalidInput` for a name or payload that is too long, or that does not fit what the run named
-        waits for, or any of those that wait (the others get it); `Conflict` for the key of an event of another name;
-        `RunEnded`, `UnknownRun`.
+        The same `key` again is the same event: no run receives it twice, unless it could not use what came first, and
+        who waits for it only later does not get it. Raises `InvalidInput` for a name or payload that is too long, or
+        that does not fit what the run named waits for, or any of those that wait (the others get it); `Conflict` for
+        the key of an event of another name; `RunEnded`, `UnknownRun`.
         """
         if not 0 < len(name) <= LONGEST_EVENT:
             raise InvalidInput(f"An event's name has 1 to {LONGEST_EVENT} characters, not {len(name)}.")
@@ -444,12 +444,13 @@ class Control:
             taken = await self._deliver(run_id, name, payload, key, channel, keep=True)
             await self._wake(run_id)
             return [run_id] if taken else []
+        waiting = await self._store.waiting_for_event(name)
         if key is not None and (before := await self._store.sent_under(key)) is not None:
             if before != name:
                 raise Conflict(f"The key {key!r} is that of an event {before!r} that was sent already. Choose another.")
-            return []
+            waiting = [one for one in waiting if key in (await self._store.run(one)).put_aside_keys]
         took, refused = list[str](), list[InvalidInput]()
-        for one in await self._store.waiting_for_event(name):
+        for one in waiting:
             try:
                 if await self._deliver(one, name, payload, key, channel, keep=False):
                     took.append(one)

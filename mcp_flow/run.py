@@ -125,6 +125,8 @@ class Request:
     note: str | None = None
     by: str | None = None
     via: str | None = None
+    event_key: str | None = None
+    """The key of the event that answered."""
 
 
 @dataclass(slots=True)
@@ -159,6 +161,7 @@ class Received:
     seq: int
     name: str
     payload: Any
+    key: str | None = None
 
 
 @dataclass(slots=True)
@@ -204,6 +207,8 @@ class Run:
     hijack: Hijack | None = None
     inbox: tuple[Received, ...] = ()
     event_keys: set[str] = field(default_factory=set)
+    put_aside_keys: set[str] = field(default_factory=set)
+    """The keys of events that could not be used: what is sent under one of them next corrects it."""
     budget: int | None = None
     """How many new steps may begin before the run pauses; None is any number."""
     budget_seq: int = 0
@@ -274,6 +279,7 @@ class Run:
         twin.waits, twin.generations, twin.pages = dict(self.waits), dict(self.generations), dict(self.pages)
         twin.remarks, twin.artifacts = set(self.remarks), list(self.artifacts)
         twin.event_keys, twin.failed_tries = set(self.event_keys), dict(self.failed_tries)
+        twin.put_aside_keys = set(self.put_aside_keys)
         if self.hijack:
             twin.hijack = replace(self.hijack, lines=list(self.hijack.lines))
         return twin
@@ -503,6 +509,9 @@ class Run:
                 self._note_anew(event.key, recorded.seq)
             case ev.RequestOpened() as event:
                 self.crashes = 0
+                if event.put_aside is not None and (key := self.requests[self.waits[event.key]].event_key):
+                    self.event_keys.discard(key)
+                    self.put_aside_keys.add(key)
                 request = Request(event, recorded.seq, recorded.at)
                 self.requests[event.request_id] = self.unanswered[event.request_id] = request
                 self.waits[event.key] = event.request_id
@@ -511,6 +520,7 @@ class Run:
                 request.status, request.value, request.note = "answered", event.value, event.note
                 request.by, request.via, request.settled_seq = event.by, event.via, recorded.seq
                 if event.event is not None:
+                    request.event_key = next(one.key for one in self.inbox if one.seq == event.event)
                     self.inbox = tuple(received for received in self.inbox if received.seq != event.event)
                 if request.opened.kind == "takeover":
                     return  # who hands a page back answers nothing that the run's code has asked
@@ -545,9 +555,10 @@ class Run:
                 else:
                     self.pages.pop(event.name, None)
             case ev.EventReceived() as event:
-                self.inbox = (*self.inbox, Received(recorded.seq, event.name, event.payload))
+                self.inbox = (*self.inbox, Received(recorded.seq, event.name, event.payload, event.key))
                 if event.key:
                     self.event_keys.add(event.key)
+                    self.put_aside_keys.discard(event.key)
             case ev.HijackRequested() as event:
                 stopped = self.hijack.stopped if self.hijack else None
                 self.hijack = Hijack(event, recorded.at, recorded.at, stopped)

@@ -257,6 +257,7 @@ def _request(opened: ev.RequestOpened, run_id: str, at: str, typed: Typed) -> di
         "request_id": opened.request_id,
         "kind": opened.kind,
         "prompt": opened.prompt,
+        "put_aside": opened.put_aside,
         "step": step_of(opened.key) if opened.kind != "takeover" else None,
         "data": opened.data,
         "schema": opened.answer_schema,
