@@ -21,8 +21,8 @@ from pydantic import AnyUrl, IPvAnyAddress, IPvAnyInterface, IPvAnyNetwork, Type
 from mcp_flow import events as ev
 from mcp_flow.channel import Channel
 from mcp_flow.errors import Conflict, InvalidInput, NotAllowed
-from mcp_flow.run import Request, Run, asks_for_help
-from mcp_flow.secrets import secret_places, set_apart
+from mcp_flow.run import Request, Run, asks_for_help, step_of
+from mcp_flow.secrets import names_in, secret_places, set_apart
 
 Typed = Callable[[str], str]
 """Makes of a command what a person types to give it."""
@@ -240,6 +240,17 @@ def fitting(opened: ev.RequestOpened, value: Any) -> Any:
             f"The answer does not fit request {opened.request_id} ({opened.prompt!r:.200}), which stays open:", problems
         )
     return value
+
+
+def refuse_secrets(run: Run, value: Any, known: Mapping[str, str]) -> None:
+    """Raise `InvalidInput` for a value to be journaled that holds a secret, by reference, that the run was answered."""
+    for reference in names_in(value, known):
+        asked = next((r.opened for r in run.requests.values() if reference in json.dumps(r.value)), None)
+        where = f"step {step_of(asked.key)!r}" if asked else "another step"
+        raise InvalidInput(
+            f"The value holds the secret that was given to {where} of run {run.run_id}, and would stand in the "
+            f"journal; nothing was written. Call again with a value that does not hold it. {open_ones(run)}"
+        )
 
 
 def open_ones(run: Run) -> str:

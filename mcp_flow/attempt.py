@@ -41,7 +41,7 @@ from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
 from mcp_flow.flow import Flow, StepOptions, shape_of
 from mcp_flow.pages import Pages
 from mcp_flow.run import Request, Run, takes
-from mcp_flow.secrets import Secrets, reveal, secret_places
+from mcp_flow.secrets import Secrets, masked, reveal, secret_places
 from mcp_flow.store import Store
 from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
@@ -98,6 +98,7 @@ class Attempt:
         self._ours_since = time.monotonic()
         self._slots = slots or nullcontext()
         self._answers: dict[str, str] = {}
+        self._revealed: dict[str, str] = {}
         self._retry_inputs: dict[str, Any] = {}
         self._reached: set[str] = set()
         self._changed: list[str] = []
@@ -263,7 +264,7 @@ class Attempt:
         """`Flow.step`: reuse, run or doubt, as the journal says."""
         await self._enter(f"flow.step({name!r})", name)
         key = self._key(name)
-        digest = fingerprint.of_call(fn, args)
+        digest = fingerprint.of_call(fn, args, partial(masked, known=self._revealed) if self._revealed else None)
         shape = codec(annotation_of(fn))
         self._reached.add(key)
         match replay.reach_step(self.run, key, digest, once=options.once):
@@ -469,7 +470,7 @@ class Attempt:
     def _moved_to(self) -> str | None:
         """Where the main page is, unless the journal knows; one that holds a secret is not journaled."""
         url = self.pages.url
-        return None if url == self.run.url or (url and self._secrets.held_in(url.encode())) else url
+        return None if url == self.run.url or (url and self._secrets.held_in_json(json.dumps(url))) else url
 
     async def _ask_doubt(self, name: str, key: str, digest: str, why: str, shape: Codec) -> tuple[bool, Any]:
         """Let somebody look; returns whether the step counts as done, and its value then."""
@@ -704,7 +705,12 @@ class Attempt:
             self._waits.pop(request_id, None)
             self._touch()
             self._check_idle_soon()
-        await self._enter()
+        self._opening += 1  # a branch that has its answer does not wait, also while the gate keeps it
+        try:
+            await self._enter()
+        finally:
+            self._opening -= 1
+            self._check_idle_soon()
         settled = self.run.requests[request_id]
         if secret_places(settled.opened.answer_schema):
             await self._learn_secrets()
@@ -821,11 +827,16 @@ class Attempt:
 
     def secret(self, name: str) -> str:
         """`Flow.secret`."""
-        return self._secrets.get(name)
+        self._revealed[name] = self._secrets.get(name)
+        return self._revealed[name]
 
     def reveal(self, value: Any, schema: Any) -> Any:
         """An answer to what asked for this schema, with the secrets that it refers to."""
-        return reveal(value, secret_places(schema), self._answers)
+        if places := secret_places(schema):
+            # In the order in which the code gets them, so that a step has one fingerprint in every attempt.
+            text = json.dumps(value)
+            self._revealed |= {name: secret for name, secret in self._answers.items() if name and name in text}
+        return reveal(value, places, self._answers)
 
     async def _learn_secrets(self) -> None:
         """Take in the secrets that were given as answers, and mask them from now on."""
@@ -1003,7 +1014,8 @@ class Attempt:
 
     def _key(self, name: str) -> str:
         try:
-            return scope.current().key(self._secrets.mask(name))
+            # Only with what the code has got in this attempt: a name that came before must stay the same.
+            return scope.current().key(masked(name, self._revealed))
         except LookupError as error:
             raise OutsideRun(f"{name!r} was called from a task that no run started.") from error
 
@@ -1073,7 +1085,7 @@ class Attempt:
             ) from error
 
     def _refuse_secrets(self, text: str, what: str) -> None:
-        for name in self._secrets.held_in(text.encode("utf-8", "replace")):
+        for name in self._secrets.held_in_json(text):
             raise StepResultError(f"The secret {name!r} is in {what}; it was not journaled.")
 
 

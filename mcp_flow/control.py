@@ -30,6 +30,7 @@ from mcp_flow.answers import (
     fitting,
     hand_back,
     open_ones,
+    refuse_secrets,
     settle_step,
 )
 from mcp_flow.browser import host as hosts
@@ -51,7 +52,7 @@ from mcp_flow.errors import (
 from mcp_flow.leases import Leases
 from mcp_flow.revisions import Revision, capture, diff, entry_of, write
 from mcp_flow.run import Run, step_of, takes
-from mcp_flow.secrets import secret_places
+from mcp_flow.secrets import masked, secret_places
 from mcp_flow.store import RequestRow, RunRow, Store
 
 OnChange = Literal["accept", "refuse"]
@@ -183,6 +184,7 @@ class Control:
         start_key = _find_step(run, rerun_from) if rerun_from is not None else None
         revision = await self._current_revision(run, on_change)
         gone = await self._gone_owner(run)
+        secret = await self._store.secret_answers(run_id)
 
         def plan(run: Run) -> list[ev.Event]:
             if run.ended:
@@ -194,6 +196,7 @@ class Control:
             settled = settle_step(run, given, channel)
             answers = [] if settled else answers_to(run, channel, given, vault, self._settings.typed)
             answers = [answer for answer in answers if answer.request_id not in _withdrawn(resets)]
+            refuse_secrets(run, [answer.value for answer in answers] + [value] * bool(settled), secret)
             lost = gone is not None and run.owner == gone
             executing = run.owner is not None and run.active and not run.idle and not lost
             if resets and executing and not run.hijack:
@@ -265,6 +268,7 @@ class Control:
         """Decide an approval; returns the run's id. The same decision again is fine, another is a `Conflict`."""
         await self._keep_due()
         run_id = await self.run_of(request_id)
+        note = note and masked(note, await self._store.secret_answers(run_id))
 
         def plan(run: Run) -> list[ev.Event]:
             request = run.requests[request_id]
@@ -291,6 +295,7 @@ class Control:
 
     async def cancel(self, run_id: str, channel: Channel, reason: str) -> None:
         """Stop a run for good; its requests are withdrawn. Raises `RunEnded`, unless it is cancelled already."""
+        reason = masked(reason, await self._store.secret_answers(run_id))
 
         def plan(run: Run) -> list[ev.Event]:
             if run.status == "cancelled":
@@ -314,6 +319,7 @@ class Control:
         """
         await self._keep_due()
         person = holder == "human" or channel.human
+        reason = masked(reason, await self._store.secret_answers(run_id))
 
         def plan(run: Run) -> list[ev.Event]:
             if run.ended:
@@ -471,6 +477,7 @@ class Control:
     ) -> bool:
         """Give an event to a run: to its oldest wait that takes it, else with `keep` to its inbox."""
         taken = False
+        secret = await self._store.secret_answers(run_id)
 
         def plan(run: Run) -> list[ev.Event]:
             nonlocal taken
@@ -481,6 +488,7 @@ class Control:
                 return []
             if key is not None and key in run.event_keys:
                 return []
+            refuse_secrets(run, payload, secret)
             received = ev.EventReceived(name=name, payload=payload, key=key, by=channel.by)
             for request in run.open_requests():
                 if request.opened.kind == "event" and takes(request.opened, name, payload):

@@ -390,7 +390,7 @@ class PageActed(Event):
 class HijackRequested(Event):
     """Somebody wants the page; the run stops at its next action or step.
 
-    Unused for `idle_s` seconds the hold expires.
+    Unused for `idle_s` seconds the hold expires, unless a person was asked to take the page.
     """
 
     type: ClassVar[str] = "hijack.requested"

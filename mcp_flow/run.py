@@ -237,6 +237,8 @@ class Run:
         if not self.idle:
             return "running" if self.owner else "queued"
         open_kinds = {request.opened.kind for request in self.open_requests()}
+        if self.hijack and self.hijack.expired:
+            open_kinds.add("pause")
         if "in-doubt" in open_kinds:
             return "in-doubt"
         if self.error:
@@ -261,13 +263,22 @@ class Run:
     @property
     def held_since(self) -> str | None:
         """Since when the run holds a page without using it; None where it has none, or someone has taken it."""
-        return self.idle_since if self.idle and self.pages and not self.ended and not self.hijack else None
+        if self.hijack and self.hijack.held:
+            return None
+        return self.idle_since if self.idle and self.pages and not self.ended else None
+
+    @property
+    def hijacked_until(self) -> datetime | None:
+        """When the hold on the page ends unless it is used before; a person who is asked to take it has all the time
+        there is, because what they do in a window is not seen."""
+        asked = any(request.opened.kind == "takeover" for request in self.open_requests())
+        return self.hijack.expires if self.hijack and not self.ended and not asked else None
 
     @property
     def due(self) -> datetime | None:
         """The next deadline: of an open request, or of a hold on the page."""
         moments = [request.opened.expires for request in self.open_requests()]
-        moments.append(self.hijack.expires if self.hijack else None)
+        moments.append(self.hijacked_until)
         return min((moment for moment in moments if moment), default=None)
 
     def copy(self) -> Run:
@@ -364,7 +375,7 @@ class Run:
                 raise self._illegal(event, "it is running")
             case ev.RequestShared() if not self._is_new_fork or event.opened.request_id in self.requests:
                 raise self._illegal(event, "only a fork begins with the history of another run")
-            case ev.RunParked() if not self.idle or self.hijack:
+            case ev.RunParked() if not self.idle or (self.hijack and self.hijack.held):
                 raise self._illegal(event, "it does not wait")
             case ev.PageLost() | ev.AttemptCompared() if not self.active:
                 raise self._illegal(event, "no attempt is under way")
@@ -568,8 +579,6 @@ class Run:
             case ev.HijackExpired():
                 assert self.hijack
                 self.hijack.expired = True
-                if self.idle:
-                    self.hijack = None
             case ev.PageEvaluated():
                 if self.hijack:
                     self.hijack.used_at = recorded.at

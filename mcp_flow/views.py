@@ -103,8 +103,8 @@ def show_run(
         if run.hijack.expired:
             held = "left unused for too long by"
         view["why"] = f"{held} the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
-        if run.hijack.expires:
-            view["held_until"] = run.hijack.expires.isoformat()
+        if run.hijacked_until:
+            view["held_until"] = run.hijacked_until.isoformat()
         if patch := patch_of(run):
             view["patch"] = patch
     if run.on_hold:
