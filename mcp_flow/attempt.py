@@ -14,7 +14,8 @@ import secrets as tokens
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,7 @@ from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
 from mcp_flow.flow import Flow, StepOptions, shape_of
 from mcp_flow.pages import Pages
 from mcp_flow.run import Request, Run, takes
-from mcp_flow.secrets import Secrets, reveal, secret_places
+from mcp_flow.secrets import Secrets, masked, reveal, secret_places
 from mcp_flow.store import Store
 from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
@@ -56,6 +57,14 @@ UNSEEN = frozenset({"timer", "event", "takeover"})
 """The requests for whose opening no record of the page is kept."""
 DOWNLOAD_SECONDS = 1.0
 """How long a wait is put off for downloads under way, so that whoever looks finds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutAside:
+    """A request whose answer only the workflow's own type has refused, and why."""
+
+    request: Request
+    why: str
 
 
 class Attempt:
@@ -92,6 +101,7 @@ class Attempt:
         self._ours_since = time.monotonic()
         self._slots = slots or nullcontext()
         self._answers: dict[str, str] = {}
+        self._revealed: dict[str, str] = {}
         self._retry_inputs: dict[str, Any] = {}
         self._reached: set[str] = set()
         self._changed: list[str] = []
@@ -258,7 +268,7 @@ class Attempt:
         """`Flow.step`: reuse, run or doubt, as the journal says."""
         await self._enter(f"flow.step({name!r})", name)
         key = self._key(name)
-        digest = fingerprint.of_call(fn, args)
+        digest = fingerprint.of_call(fn, args, partial(masked, known=self._revealed) if self._revealed else None)
         shape = codec(annotation_of(fn))
         self._reached.add(key)
         match replay.reach_step(self.run, key, digest, once=options.once):
@@ -464,7 +474,7 @@ class Attempt:
     def _moved_to(self) -> str | None:
         """Where the main page is, unless the journal knows; one that holds a secret is not journaled."""
         url = self.pages.url
-        return None if url == self.run.url or (url and self._secrets.held_in(url.encode())) else url
+        return None if url == self.run.url or (url and self._secrets.held_in_json(json.dumps(url))) else url
 
     async def _ask_doubt(self, name: str, key: str, digest: str, why: str, shape: Codec) -> tuple[bool, Any]:
         """Let somebody look; returns whether the step counts as done, and its value then."""
@@ -478,7 +488,14 @@ class Attempt:
         terms = f"{generation}:{digest}" if finished else f"{generation}"
         known = step.value if finished and step else MISSING
         settled = await self._wait_for(
-            f"{key}?", "in-doubt", prompt, terms, schema=shape.schema, data=why, default=known
+            f"{key}?",
+            "in-doubt",
+            prompt,
+            terms,
+            schema=shape.schema,
+            data=why,
+            default=known,
+            accept=lambda answer: answer["step"] == "again" or shape.load(answer.get("value")),
         )
         answer = settled.value
         if answer["step"] == "again":
@@ -508,30 +525,41 @@ class Attempt:
         data: Any = None,
         by: ev.By = "anyone",
         default: Any = MISSING,
-        expires: datetime | None = None,
+        expires: timedelta | datetime | None = None,
         accept: Callable[[Any], Any] = lambda value: None,
     ) -> Request:
         """Wait for what `prompt` asks for; returns the request once it is answered or expired.
 
-        An answer that `accept` refuses with `InvalidInput` is put aside, and the same is asked again.
+        A time that `expires` gives as a length begins when the request is opened. An answer that `accept` refuses with
+        `InvalidInput` is put aside, and the same is asked again.
         """
+        # Asked here: a moment that passes while somebody has the page, or while it is rebuilt, was right when given.
+        due = None if kind == "timer" else self._moment(expires)
+        past = due is not None and due <= self.store.now()
         await self._enter(f"the wait {prompt!r}", name)
-        self._refuse_secrets(json.dumps([prompt, data]), f"the request {name!r}")
         key = self._key(name)
         self._reached.add(key)
-        while True:
-            settled = await self._wait_for(
-                key, kind, prompt, terms, schema=schema, data=data, by=by, default=default, expires=expires
+        if isinstance(replay.reach_wait(self.run, key, terms), replay.Ask):
+            shown = [prompt, data, schema, None if default is MISSING else default]
+            self._refuse_secrets(json.dumps(shown), f"the request {name!r}")
+        # What was asked before, and is asked anew, has a deadline that may have passed meanwhile.
+        if past and key not in self.run.waits:
+            raise StepError(
+                f"The deadline of {prompt!r:.200} is in the past: {expires}. Give seconds, a timedelta, or a moment to "
+                "come."
             )
-            try:
-                if settled.status == "answered":
-                    accept(settled.value)
-                return settled
-            except InvalidInput as error:
-                generation = self.run.generation(key) + 1
-                # What a check says of a value quotes it, as a rule.
-                said = "the workflow's own check refused the answer" if secret_places(schema) else str(error)
-                await self._append(ev.StepReset(key=key, generation=generation, reason=said[:500]))
+        return await self._wait_for(
+            key,
+            kind,
+            prompt,
+            terms,
+            schema=schema,
+            data=data,
+            by=by,
+            default=default,
+            expires=expires,
+            accept=accept,
+        )
 
     async def _wait_for(
         self,
@@ -544,10 +572,49 @@ class Attempt:
         data: Any = None,
         by: ev.By = "anyone",
         default: Any = MISSING,
-        expires: datetime | None = None,
+        expires: timedelta | datetime | None = None,
+        accept: Callable[[Any], Any] = lambda value: None,
+    ) -> Request:
+        put_aside: PutAside | None = None
+        while True:
+            settled = await self._wait_once(
+                key,
+                kind,
+                prompt,
+                terms,
+                schema=schema,
+                data=data,
+                by=by,
+                default=default,
+                expires=expires,
+                put_aside=put_aside,
+            )
+            try:
+                if settled.status == "answered":
+                    accept(settled.value)
+                return settled
+            except InvalidInput as error:
+                # What a check says of a value quotes it, as a rule.
+                said = "the workflow's own check refused the answer" if secret_places(schema) else str(error)
+                put_aside = PutAside(settled, self._secrets.mask(said)[:500])
+
+    async def _wait_once(
+        self,
+        key: str,
+        kind: ev.RequestKind,
+        prompt: str,
+        terms: str,
+        *,
+        schema: dict[str, Any] | None,
+        data: Any,
+        by: ev.By,
+        default: Any,
+        expires: timedelta | datetime | None,
+        put_aside: PutAside | None,
     ) -> Request:
         request_id = f"q-{tokens.token_hex(6)}"
-        reached = replay.reach_wait(self.run, key, terms)
+        refused = put_aside.request.opened.request_id if put_aside else None
+        reached = replay.reach_wait(self.run, key, terms, but=refused)
         if isinstance(reached, replay.Settled):
             return reached.request
         await self.pages.end_restoring()
@@ -558,23 +625,19 @@ class Attempt:
 
         def plan(run: Run) -> list[ev.Event]:
             moves: list[ev.Event] = []
-            match replay.reach_wait(run, key, terms):
+            match replay.reach_wait(run, key, terms, but=refused):
                 case replay.Settled():
                     return []
                 case replay.Waiting(request):
                     waiting_for = request.opened.request_id
                 case replay.Ask(instead_of):
                     waiting_for, generation = request_id, run.generation(key)
+                    why, due = "the question changed", self._moment(expires)
+                    if put_aside:  # it is the same question, with the time that is left of it
+                        why, due = put_aside.why, put_aside.request.opened.expires
                     if instead_of:
-                        moves += self._ask_instead(instead_of, generation)
+                        moves += self._ask_instead(instead_of, generation, why)
                         generation += 1
-                    # What was asked before, and is asked anew, has a deadline that may have passed meanwhile.
-                    first = kind != "timer" and key not in run.waits
-                    if first and expires is not None and expires <= self.store.now():
-                        raise StepError(
-                            f"The deadline of {prompt!r:.200} is in the past: {expires.isoformat()}. Give seconds, a "
-                            "timedelta, or a moment to come."
-                        )
                     moves.append(
                         ev.RequestOpened(
                             request_id=request_id,
@@ -586,9 +649,10 @@ class Attempt:
                             answer_schema=schema,
                             data=data,
                             by=by,
-                            expires=expires,
+                            expires=due,
                             default=None if default is MISSING else default,
                             has_default=default is not MISSING,
+                            put_aside=put_aside.why if put_aside else None,
                         )
                     )
                     if settled := self._settled_at_once(run, moves[-1]):
@@ -609,6 +673,9 @@ class Attempt:
         if kind not in UNSEEN and (opened := self.run.requests.get(request_id)):
             self._spawn(self._keep_stop(f"stop-{opened.seq}"))
         return await self._until_settled(key, terms)
+
+    def _moment(self, expires: timedelta | datetime | None) -> datetime | None:
+        return self.store.now() + expires if isinstance(expires, timedelta) else expires
 
     def _settled_at_once(self, run: Run, opened: ev.Event) -> ev.Event | None:
         """What settles a request in the moment in which it is opened: a time that is past, an event that is there."""
@@ -642,16 +709,21 @@ class Attempt:
             self._waits.pop(request_id, None)
             self._touch()
             self._check_idle_soon()
-        await self._enter()
+        self._opening += 1  # a branch that has its answer does not wait, also while the gate keeps it
+        try:
+            await self._enter()
+        finally:
+            self._opening -= 1
+            self._check_idle_soon()
         settled = self.run.requests[request_id]
         if secret_places(settled.opened.answer_schema):
             await self._learn_secrets()
         return settled
 
     @staticmethod
-    def _ask_instead(request: Request, generation: int) -> list[ev.Event]:
-        withdrawn = ev.RequestWithdrawn(request_id=request.opened.request_id, reason="the question changed")
-        reset = ev.StepReset(key=request.opened.key, generation=generation + 1, reason="the question changed")
+    def _ask_instead(request: Request, generation: int, why: str) -> list[ev.Event]:
+        withdrawn = ev.RequestWithdrawn(request_id=request.opened.request_id, reason=why)
+        reset = ev.StepReset(key=request.opened.key, generation=generation + 1, reason=why)
         return [withdrawn, reset] if request.status == "open" else [reset]
 
     def _not_asked(
@@ -759,11 +831,16 @@ class Attempt:
 
     def secret(self, name: str) -> str:
         """`Flow.secret`."""
-        return self._secrets.get(name)
+        self._revealed[name] = self._secrets.get(name)
+        return self._revealed[name]
 
     def reveal(self, value: Any, schema: Any) -> Any:
         """An answer to what asked for this schema, with the secrets that it refers to."""
-        return reveal(value, secret_places(schema), self._answers)
+        if places := secret_places(schema):
+            # In the order in which the code gets them, so that a step has one fingerprint in every attempt.
+            text = json.dumps(value)
+            self._revealed |= {name: secret for name, secret in self._answers.items() if name and name in text}
+        return reveal(value, places, self._answers)
 
     async def _learn_secrets(self) -> None:
         """Take in the secrets that were given as answers, and mask them from now on."""
@@ -972,7 +1049,8 @@ class Attempt:
 
     def _key(self, name: str) -> str:
         try:
-            return scope.current().key(self._secrets.mask(name))
+            # Only with what the code has got in this attempt: a name that came before must stay the same.
+            return scope.current().key(masked(name, self._revealed))
         except LookupError as error:
             raise OutsideRun(f"{name!r} was called from a task that no run started.") from error
 
@@ -1042,7 +1120,7 @@ class Attempt:
             ) from error
 
     def _refuse_secrets(self, text: str, what: str) -> None:
-        for name in self._secrets.held_in(text.encode("utf-8", "replace")):
+        for name in self._secrets.held_in_json(text):
             raise StepResultError(f"The secret {name!r} is in {what}; it was not journaled.")
 
 

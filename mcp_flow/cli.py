@@ -404,6 +404,8 @@ def _typed_unseen(opened: RequestOpened) -> Any:
     schema = opened.answer_schema or {}
     properties = schema.get("properties")
     unseen = {place[0] for place in secret_places(schema) if place}
+    if opened.put_aside:
+        click.echo(f"The last answer was put aside: {opened.put_aside}")
     if not properties:
         return _field(schema, getpass.getpass(f"{opened.prompt} (not shown) "))
     click.echo(opened.prompt)

@@ -31,6 +31,7 @@ from mcp_flow.answers import (
     fitting,
     hand_back,
     open_ones,
+    refuse_secrets,
     settle_step,
 )
 from mcp_flow.browser import host as hosts
@@ -52,7 +53,7 @@ from mcp_flow.errors import (
 from mcp_flow.leases import Leases
 from mcp_flow.revisions import Revision, capture, diff, entry_of, write
 from mcp_flow.run import Run, step_of, takes
-from mcp_flow.secrets import secret_places
+from mcp_flow.secrets import masked, secret_places
 from mcp_flow.store import RequestRow, RunRow, Store
 
 OnChange = Literal["accept", "refuse"]
@@ -197,6 +198,7 @@ class Control:
         start_key = _find_step(run, rerun_from) if rerun_from is not None else None
         revision = await self._current_revision(run, on_change)
         gone = await self._gone_owner(run)
+        secret = await self._store.secret_answers(run_id)
 
         def plan(run: Run) -> list[ev.Event]:
             if run.ended:
@@ -208,6 +210,7 @@ class Control:
             settled = settle_step(run, given, channel)
             answers = [] if settled else answers_to(run, channel, given, vault, self._settings.typed)
             answers = [answer for answer in answers if answer.request_id not in _withdrawn(resets)]
+            refuse_secrets(run, [answer.value for answer in answers] + [value] * bool(settled), secret)
             lost = gone is not None and run.owner == gone
             executing = run.owner is not None and run.active and not run.idle and not lost
             if resets and executing and not run.hijack:
@@ -281,6 +284,7 @@ class Control:
         """Decide an approval; returns the run's id. The same decision again is fine, another is a `Conflict`."""
         await self._keep_due()
         run_id = await self.run_of(request_id)
+        note = note and masked(note, await self._store.secret_answers(run_id))
 
         def plan(run: Run) -> list[ev.Event]:
             request = run.requests[request_id]
@@ -307,6 +311,7 @@ class Control:
 
     async def cancel(self, run_id: str, channel: Channel, reason: str) -> None:
         """Stop a run for good; its requests are withdrawn. Raises `RunEnded`, unless it is cancelled already."""
+        reason = masked(reason, await self._store.secret_answers(run_id))
 
         def plan(run: Run) -> list[ev.Event]:
             if run.status == "cancelled":
@@ -330,6 +335,7 @@ class Control:
         """
         await self._keep_due()
         person = holder == "human" or channel.human
+        reason = masked(reason, await self._store.secret_answers(run_id))
 
         def plan(run: Run) -> list[ev.Event]:
             if run.ended:
@@ -456,8 +462,8 @@ class Control:
     ) -> Sent:
         """Send an event to one run, where it is kept until it is waited for, or to all that wait; returns who took it.
 
-        The same `key` again is the same event: no run receives it twice, and once somebody has taken it, who waits for
-        it only later does not get it.
+        The same `key` again is the same event: no run receives it twice, unless it could not use what came first, and
+        once somebody has taken it, who waits for it only later does not get it.
 
         Raises `InvalidInput` for a name or payload that is too long, or that does not fit what the run named waits for,
         or any of those that wait (the others get it); `Conflict` for the key of an event of another name; `RunEnded`,
@@ -478,12 +484,15 @@ class Control:
             fate = await self._deliver(run_id, name, payload, key, channel, keep=True)
             await self._wake(run_id)
             return Sent((run_id,) if fate == "taken" else (), kept=fate == "kept", before=fate == "before")
+        waiting = await self._store.waiting_for_event(name)
         if key is not None and (before := await self._store.sent_under(key)) is not None:
             if before != name:
                 raise _other_event(key, before)
-            return Sent(before=True)
+            waiting = [one for one in waiting if key in (await self._store.run(one)).put_aside_keys]
+            if not waiting:
+                return Sent(before=True)
         took, refused = list[str](), list[InvalidInput]()
-        for one in await self._store.waiting_for_event(name):
+        for one in waiting:
             try:
                 if await self._deliver(one, name, payload, key, channel, keep=False) == "taken":
                     took.append(one)
@@ -507,6 +516,7 @@ class Control:
         Raises `InvalidInput` where there are such waits, and none that it fits.
         """
         fate: Fate = "passed"
+        secret = await self._store.secret_answers(run_id)
 
         def plan(run: Run) -> list[ev.Event]:
             nonlocal fate
@@ -520,6 +530,7 @@ class Control:
                     raise _other_event(key, run.event_keys[key])
                 fate = "before"
                 return []
+            refuse_secrets(run, payload, secret)
             received = ev.EventReceived(name=name, payload=payload, key=key, by=channel.by)
             misfit: InvalidInput | None = None
             for request in run.open_requests():

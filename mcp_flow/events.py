@@ -255,7 +255,10 @@ class ValueRecorded(Event):
 
 
 class RequestOpened(Event):
-    """A run began to wait for something; the text is frozen here."""
+    """A run began to wait for something; the text is frozen here.
+
+    `put_aside` says why the answer that the same question had before could not be used.
+    """
 
     type: ClassVar[str] = "request.opened"
     request_id: str
@@ -270,6 +273,7 @@ class RequestOpened(Event):
     expires: datetime | None = None
     default: Any = None
     has_default: bool = False
+    put_aside: str | None = None
 
 
 class RequestAnswered(Event):
@@ -386,7 +390,7 @@ class PageActed(Event):
 class HijackRequested(Event):
     """Somebody wants the page; the run stops at its next action or step.
 
-    Unused for `idle_s` seconds the hold expires.
+    Unused for `idle_s` seconds the hold expires, unless a person was asked to take the page.
     """
 
     type: ClassVar[str] = "hijack.requested"

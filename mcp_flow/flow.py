@@ -172,7 +172,7 @@ class Flow:
         shown = _journaled(data, f"the data of approval {question!r}")
         terms = fingerprint.of(["approval", question, shown, by])
         settled = await self._attempt.wait(
-            "approval", name or question, question, terms, data=shown, by=by, expires=self._moment(expires)
+            "approval", name or question, question, terms, data=shown, by=by, expires=self._expiry(expires)
         )
         if settled.status == "expired":
             decision = Decision(False, "nobody decided in time")
@@ -215,7 +215,7 @@ class Flow:
             schema=shape.schema,
             by=by,
             default=fallback,
-            expires=self._moment(expires),
+            expires=self._expiry(expires),
             accept=lambda value: shape.load(self._attempt.reveal(value, shape.schema)),
         )
         if settled.status == "answered":
@@ -259,7 +259,7 @@ class Flow:
             schema=shape.schema,
             data=data,
             default=fallback,
-            expires=self._moment(timeout),
+            expires=self._expiry(timeout),
             accept=shape.load,
         )
         if settled.status == "answered":
@@ -283,7 +283,7 @@ class Flow:
             assert seconds is not None
             length = seconds.total_seconds() if isinstance(seconds, timedelta) else float(seconds)
             what, terms = f"for {length:g} s", f"{length!r}"
-        moment = self._moment(until if until is not None else seconds)
+        moment = self._expiry(until if until is not None else seconds)
         await self._attempt.wait(
             "timer", name or "sleep", f"sleep {what}", fingerprint.of(["timer", terms]), expires=moment
         )
@@ -330,7 +330,8 @@ class Flow:
         """
         return self._attempt.secret(name)
 
-    def _moment(self, expires: Expiry | None) -> datetime | None:
+    def _expiry(self, expires: Expiry | None) -> timedelta | datetime | None:
+        """A moment in UTC, or how long after the wait has begun; raises `StepError` for what is no time."""
         try:
             match expires:
                 case None:
@@ -338,11 +339,13 @@ class Flow:
                 case datetime():
                     return expires.astimezone(UTC)
                 case timedelta():
-                    return self._attempt.store.now() + expires
+                    length = expires
                 case _:
-                    return self._attempt.store.now() + timedelta(seconds=float(expires))
+                    length = timedelta(seconds=float(expires))
+            self._attempt.store.now() + length  # past the end of all dates it is refused here
         except (OverflowError, ValueError, TypeError) as error:
             raise StepError(f"{expires!r} is no time to wait for: {error}. Give seconds, or a moment.") from error
+        return length
 
 
 def shape_of(schema: Any) -> Codec:

@@ -72,11 +72,14 @@ def reach_step(run: Run, key: str, fingerprint: str, *, once: bool) -> Reuse | E
     return Execute(reset="its arguments changed")
 
 
-def reach_wait(run: Run, key: str, fingerprint: str) -> Settled | Waiting | Ask:
-    """What happens when the attempt reaches the wait `key`, whose text and terms have this fingerprint."""
+def reach_wait(run: Run, key: str, fingerprint: str, but: str | None = None) -> Settled | Waiting | Ask:
+    """What happens when the attempt reaches the wait `key`, whose text and terms have this fingerprint.
+
+    The answer to the request `but` is of no use.
+    """
     request = run.wait(key)
     if request is None:
         return Ask()
-    if request.opened.fingerprint != fingerprint:
+    if request.opened.fingerprint != fingerprint or request.opened.request_id == but:
         return Ask(instead_of=request)
     return Waiting(request) if request.status == "open" else Settled(request)

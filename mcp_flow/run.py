@@ -125,6 +125,8 @@ class Request:
     note: str | None = None
     by: str | None = None
     via: str | None = None
+    event_key: str | None = None
+    """The key of the event that answered."""
 
 
 @dataclass(slots=True)
@@ -157,6 +159,7 @@ class Received:
     seq: int
     name: str
     payload: Any
+    key: str | None = None
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -205,6 +208,8 @@ class Run:
     inbox: tuple[Received, ...] = ()
     event_keys: dict[str, str] = field(default_factory=dict)
     """The names of the events received, by their keys."""
+    put_aside_keys: set[str] = field(default_factory=set)
+    """The keys of events that could not be used: what is sent under one of them next corrects it."""
     budget: int | None = None
     """How many new steps may begin before the run pauses; None is any number."""
     budget_seq: int = 0
@@ -233,6 +238,8 @@ class Run:
         if not self.idle:
             return "running" if self.owner else "queued"
         open_kinds = {request.opened.kind for request in self.open_requests()}
+        if self.hijack and self.hijack.expired:
+            open_kinds.add("pause")
         if "in-doubt" in open_kinds:
             return "in-doubt"
         if self.error:
@@ -257,13 +264,22 @@ class Run:
     @property
     def held_since(self) -> str | None:
         """Since when the run holds a page without using it; None where it has none, or someone has taken it."""
-        return self.idle_since if self.idle and self.pages and not self.ended and not self.hijack else None
+        if self.hijack and self.hijack.held:
+            return None
+        return self.idle_since if self.idle and self.pages and not self.ended else None
+
+    @property
+    def hijacked_until(self) -> datetime | None:
+        """When the hold on the page ends unless it is used before; a person who is asked to take it has all the time
+        there is, because what they do in a window is not seen."""
+        asked = any(request.opened.kind == "takeover" for request in self.open_requests())
+        return self.hijack.expires if self.hijack and not self.ended and not asked else None
 
     @property
     def due(self) -> datetime | None:
         """The next deadline: of an open request, or of a hold on the page."""
         moments = [request.opened.expires for request in self.open_requests()]
-        moments.append(self.hijack.expires if self.hijack else None)
+        moments.append(self.hijacked_until)
         return min((moment for moment in moments if moment), default=None)
 
     def copy(self) -> Run:
@@ -276,6 +292,7 @@ class Run:
         twin.remarks, twin.artifacts = set(self.remarks), list(self.artifacts)
         twin.event_keys, twin.failed_tries = dict(self.event_keys), dict(self.failed_tries)
         twin.by_hand = list(self.by_hand)
+        twin.put_aside_keys = set(self.put_aside_keys)
         if self.hijack:
             twin.hijack = replace(self.hijack)
         return twin
@@ -360,7 +377,7 @@ class Run:
                 raise self._illegal(event, "it is running")
             case ev.RequestShared() if not self._is_new_fork or event.opened.request_id in self.requests:
                 raise self._illegal(event, "only a fork begins with the history of another run")
-            case ev.RunParked() if not self.idle or self.hijack:
+            case ev.RunParked() if not self.idle or (self.hijack and self.hijack.held):
                 raise self._illegal(event, "it does not wait")
             case ev.PageLost() | ev.AttemptCompared() if not self.active:
                 raise self._illegal(event, "no attempt is under way")
@@ -505,6 +522,9 @@ class Run:
                 self._note_anew(event.key, recorded.seq)
             case ev.RequestOpened() as event:
                 self.crashes = 0
+                if event.put_aside is not None and (key := self.requests[self.waits[event.key]].event_key):
+                    self.event_keys.pop(key, None)
+                    self.put_aside_keys.add(key)
                 request = Request(event, recorded.seq, recorded.at)
                 self.requests[event.request_id] = self.unanswered[event.request_id] = request
                 self.waits[event.key] = event.request_id
@@ -513,6 +533,7 @@ class Run:
                 request.status, request.value, request.note = "answered", event.value, event.note
                 request.by, request.via, request.settled_seq = event.by, event.via, recorded.seq
                 if event.event is not None:
+                    request.event_key = next(one.key for one in self.inbox if one.seq == event.event)
                     self.inbox = tuple(received for received in self.inbox if received.seq != event.event)
                 if request.opened.kind == "takeover":
                     return  # who hands a page back answers nothing that the run's code has asked
@@ -547,9 +568,10 @@ class Run:
                 else:
                     self.pages.pop(event.name, None)
             case ev.EventReceived() as event:
-                self.inbox = (*self.inbox, Received(recorded.seq, event.name, event.payload))
+                self.inbox = (*self.inbox, Received(recorded.seq, event.name, event.payload, event.key))
                 if event.key:
                     self.event_keys[event.key] = event.name
+                    self.put_aside_keys.discard(event.key)
             case ev.HijackRequested() as event:
                 stopped = self.hijack.stopped if self.hijack else None
                 self.hijack = Hijack(event, recorded.at, recorded.at, stopped)
@@ -559,8 +581,6 @@ class Run:
             case ev.HijackExpired():
                 assert self.hijack
                 self.hijack.expired = True
-                if self.idle:
-                    self.hijack = None
             case ev.PageEvaluated():
                 if self.hijack:
                     self.hijack.used_at = recorded.at

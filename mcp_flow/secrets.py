@@ -26,7 +26,9 @@ SECRET_FIELDS = ", ".join(
 HIDDEN = "[hidden]"
 _DEEPEST = 12
 _SHORTEST_MASKED = 4
-"""Shorter values occur everywhere by chance; masking them would only tell what they are."""
+"""Shorter values occur within words and numbers by chance; they count where they stand alone in a text."""
+_SHORTEST = 2
+"""A single character stands alone everywhere; masking it would only tell what it is."""
 
 
 Place = tuple[str, ...]
@@ -109,6 +111,8 @@ def masked(text: str, known: Mapping[str, str]) -> str:
     for name, value in known.items():
         for form in _forms(value):
             text = text.replace(form, f"[secret {name}]")
+        if alone := _alone(value):
+            text = alone.sub(lambda _, name=name: f"[secret {name}]", text)  # type: ignore[misc]
     return text
 
 
@@ -123,6 +127,36 @@ def masked_in(value: Any, known: Mapping[str, str]) -> Any:
             return [masked_in(item, known) for item in value]
         case _:
             return value
+
+
+def names_in(value: Any, known: Mapping[str, str]) -> list[str]:
+    """The names of the secrets that stand in a JSON value, however they are written; a short one alone in a text."""
+    texts = "\n".join(_texts(value))
+    everything = f"{json.dumps(value)}\n{texts}"
+    return [
+        name
+        for name, secret in known.items()
+        if any(form in everything for form in _forms(secret)) or ((alone := _alone(secret)) and alone.search(texts))
+    ]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for name, item in value.items():
+                yield name
+                yield from _texts(item)
+        case list():
+            for item in value:
+                yield from _texts(item)
+
+
+@cache
+def _alone(value: str) -> re.Pattern[str] | None:
+    """Where a short secret stands alone; None for one that is long, or too short to be one."""
+    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)") if _SHORTEST <= len(value) < _SHORTEST_MASKED else None
 
 
 @cache
@@ -172,12 +206,16 @@ class Secrets:
         return masked(text, self._known)
 
     def held_in(self, content: bytes) -> list[str]:
-        """The names of the known secrets whose value stands in `content`, however it is written."""
+        """The names of the known secrets whose value stands in `content`, however it is written; no short ones."""
         return [
             name
             for name, value in self._known.items()
             if any(form.encode("utf-8", "replace") in content for form in _forms(value))
         ]
+
+    def held_in_json(self, text: str) -> list[str]:
+        """The names of the known secrets whose value stands in a text of JSON."""
+        return names_in(json.loads(text), self._known) if self._known else []
 
     def _read(self) -> dict[str, object]:
         try:

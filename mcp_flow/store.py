@@ -301,7 +301,7 @@ class _Transaction:
         assert run.created
         waiting = run.open_requests()
         why = _told(run.error) if run.error else waiting[0].opened.prompt if waiting else run.reason
-        until = run.hijack.expires if run.hijack and not run.ended else None
+        until = run.hijacked_until
         row = (
             run.status, run.wants_worker, run.owner, run.epoch, run.attempt, why and why[:500], bool(run.pages),
             run.awaits_owner, run.held_since, until and _stamp(until),
@@ -772,9 +772,8 @@ class Store:
             expired = []
             for run_id, request_id in due():
                 try:
-                    run = self._tx.fold(run_id)[2]
-                    events: list[ev.Event] = [ev.RequestExpired(request_id=request_id)] if request_id else _let_go(run)
-                    self._tx.append(run_id, [(event, event.encoded()) for event in events], None)
+                    event = ev.RequestExpired(request_id=request_id) if request_id else ev.HijackExpired()
+                    self._tx.append(run_id, [(event, event.encoded())], None)
                 except (FlowError, ValueError):  # settled meanwhile; or unreadable, which must not hold up the others
                     continue
                 expired.append(run_id)
@@ -1086,13 +1085,6 @@ def _load(
     )
     for seq, at, epoch, type_, data, digest in rows.fetchall():
         yield ev.Recorded(seq, at, epoch, ev.decode(type_, data)), digest
-
-
-def _let_go(run: Run) -> list[ev.Event]:
-    """What happens to a run whose page was held without use for too long: nobody is asked to take it any more."""
-    moot = [request.opened.request_id for request in run.open_requests() if request.opened.kind == "takeover"]
-    reason = "the page was not used for too long"
-    return [ev.HijackExpired(), *(ev.RequestWithdrawn(request_id=request_id, reason=reason) for request_id in moot)]
 
 
 def _told(error: ev.Failure) -> str:

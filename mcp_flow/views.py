@@ -103,8 +103,8 @@ def show_run(
         if run.hijack.expired:
             held = "left unused for too long by"
         view["why"] = f"{held} the {run.hijack.requested.holder}: {run.hijack.requested.reason}{where}"
-        if run.hijack.expires:
-            view["held_until"] = run.hijack.expires.isoformat()
+        if run.hijacked_until:
+            view["held_until"] = run.hijacked_until.isoformat()
     if not run.ended and (patch := patch_of(run)):
         view["patch"] = patch
     if run.on_hold:
@@ -267,6 +267,7 @@ def _request(opened: ev.RequestOpened, run_id: str, at: str, typed: Typed) -> di
         "request_id": opened.request_id,
         "kind": opened.kind,
         "prompt": opened.prompt,
+        "put_aside": opened.put_aside,
         "step": step_of(opened.key) if opened.kind != "takeover" else None,
         "data": opened.data,
         "schema": opened.answer_schema,

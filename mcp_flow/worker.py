@@ -260,7 +260,8 @@ class Worker:
         """Drop the coroutines of runs that have waited for a while: an answer replays them as well."""
         now = time.monotonic()
         for attempt in list(self._attempts.values()):
-            if not attempt.waiting or attempt.run.hijack:
+            hijack = attempt.run.hijack
+            if not attempt.waiting or (hijack and hijack.held):
                 attempt.waiting_since = None
             elif attempt.waiting_since is None:
                 attempt.waiting_since = now

@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator
 
 import anyio
 import pytest
+from clients import call
 from harness import AGENT, PERSON, House, open_house, visit
+from mcp import Client
 
 from mcp_flow import config
 from mcp_flow import events as ev
 from mcp_flow.errors import BrokenWorkflow, InvalidInput, NotAllowed
+from mcp_flow.server import build
 
 pytestmark = pytest.mark.anyio
 
@@ -641,7 +644,7 @@ async def test_an_answer_that_does_not_fit_is_refused_and_the_request_stays(hous
     assert await house.finished(run_id) == 12
 
 
-async def test_an_answer_that_only_the_type_itself_can_refuse_is_asked_for_again(house: House) -> None:
+async def test_an_answer_that_only_the_type_itself_can_refuse_is_asked_for_again_with_the_reason(house: House) -> None:
     run_id = await house.start(
         """
         from typing import Annotated
@@ -652,17 +655,32 @@ async def test_an_answer_that_only_the_type_itself_can_refuse_is_asked_for_again
                 raise ValueError("not even")
             return n
 
+        def pay() -> Annotated[int, AfterValidator(even)]:
+            raise ConnectionError("gone")
+
         @workflow
         async def main(flow: Flow) -> int:
-            return await flow.ask("Even?", Annotated[int, AfterValidator(even)])
+            number = await flow.ask("Even?", Annotated[int, AfterValidator(even)], expires=600)
+            return number + await flow.step("pay", pay, once=True)
         """
     )
     first = await house.waiting(run_id, "waiting-input")
     await house.resume(run_id, value=3)
-    await house.event(run_id, ev.RequestOpened, lambda event: event.request_id != first.opened.request_id)
-    await house.waiting(run_id, "waiting-input")
+    again = await house.event(run_id, ev.RequestOpened, lambda event: event.request_id != first.opened.request_id)
+    assert "not even" in str(again.put_aside)
+    assert again.expires == first.opened.expires
+    async with Client(build(house.settings)) as client:
+        [shown] = (await call(client, "list_pending", run_id=run_id))["requests"]
+        [pending] = (await call(client, "get_run", run_id=run_id))["pending"]
+    assert shown["put_aside"] == pending["put_aside"] == again.put_aside
     await house.resume(run_id, value=4)
-    assert await house.finished(run_id) == 4
+
+    doubt = await house.waiting(run_id, "in-doubt")
+    await house.resume(run_id, step="done", value=5)
+    await house.event(run_id, ev.RequestOpened, lambda event: event.put_aside != again.put_aside and event.generation)
+    assert (await house.waiting(run_id, "in-doubt")).opened.request_id != doubt.opened.request_id
+    await house.resume(run_id, step="done", value=6)
+    assert await house.finished(run_id) == 10
 
 
 async def test_questions_asked_in_a_loop_are_separate_questions(house: House) -> None:

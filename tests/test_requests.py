@@ -164,6 +164,48 @@ async def test_an_answer_that_does_not_fit_names_each_bad_field_and_nothing_is_j
     assert await house.finished(run_id) == "Ada"
 
 
+async def test_texts_are_checked_as_their_type_reads_them_and_a_foreign_pattern_by_the_type(house: House) -> None:
+    run_id = await house.start(
+        r"""
+        from typing import Annotated
+        from uuid import UUID
+        from pydantic import AnyUrl, Field
+
+        class Trip(BaseModel):
+            day: date
+            at: datetime
+            leave: type(datetime.min.time())
+            stay: timedelta
+            ticket: UUID
+            site: AnyUrl
+            mail: Annotated[str, Field(json_schema_extra={"format": "email"})]
+
+        @workflow
+        async def main(flow: Flow) -> list:
+            trip = await flow.ask("Which trip?", Trip)
+            return [str(trip.day), str(trip.stay), await flow.ask("Whose?", Annotated[str, Field(pattern=r"^\p{L}+$")])]
+        """
+    )
+    await house.waiting(run_id, "waiting-input")
+    good = {
+        "day": "2031-05-01", "at": "2031-05-01T12:00Z", "leave": "12:30", "stay": "P2D", "mail": "a@b.example",
+        "ticket": "6f1c2b4e-8f0e-4f6e-9d55-0b9d7f6f7d10", "site": "https://a.example",
+    }  # fmt: skip
+    before = (await house.control.run(run_id)).seq
+    with pytest.raises(InvalidInput) as refused:
+        await house.resume(run_id, value=dict.fromkeys(good, "tomorrow"))
+    assert {line.split(":")[0] for line in refused.value.problems} == set(good)
+    assert (await house.control.run(run_id)).seq == before
+    await house.resume(run_id, value=good)
+
+    asked = await house.event(run_id, ev.RequestOpened, lambda event: event.prompt == "Whose?")
+    await house.resume(run_id, request_id=asked.request_id, value="Ada 1")
+    again = await house.event(run_id, ev.RequestOpened, lambda event: event.put_aside is not None)
+    assert "pattern" in str(again.put_aside)
+    await house.resume(run_id, request_id=again.request_id, value="Ada")
+    assert await house.finished(run_id) == ["2031-05-01", "2 days, 0:00:00", "Ada"]
+
+
 async def test_what_no_json_schema_describes_can_not_be_asked_for(house: House) -> None:
     for asked in ("threading.Lock", "{'callback': threading.Lock}", "functools.partial"):
         run_id = await house.start(

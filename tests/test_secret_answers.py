@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from harness import AGENT, PERSON, House, open_house
 from mcp import Client
 from pydantic import BaseModel, SecretBytes, SecretStr
 
-from mcp_flow import config
+from mcp_flow import config, fingerprint
 from mcp_flow import events as ev
 from mcp_flow.config import Settings
 from mcp_flow.errors import InvalidInput, NotAllowed, StepError
@@ -31,6 +32,7 @@ from mcp_flow.server import build
 from mcp_flow.store import Store
 
 WORKFLOWS = '''
+from functools import partial
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, SecretStr
@@ -122,6 +124,30 @@ async def guess(flow: Flow) -> str:
     """Ask for a secret, then for anything."""
     await flow.ask("The code?", SecretStr)
     return str(await flow.ask("Anything?", dict))
+
+
+@workflow
+async def keeps(flow: Flow) -> str:
+    """Ask for a secret, wait for everything else, then give the secret as a default."""
+    code = await flow.ask("The code?", SecretStr)
+    said = await flow.ask("Anything?", str)
+    paid = await flow.wait_for("paid", str)
+    decision = await flow.approve("Go on?")
+    await flow.pause(f"{said} {paid} {decision.note}")
+    return await flow.ask("Which?", str, default=code.get_secret_value(), expires=60)
+
+
+@workflow
+async def short(flow: Flow) -> str:
+    """Get by with a code of three digits."""
+    early = await flow.step("row 739", lambda: "739 rows")
+    code = (await flow.ask("The code?", SecretStr)).get_secret_value()
+    await flow.log(f"the code is {code}, of 27390")
+    await flow.step("count", lambda: 739)
+    await flow.step("type", lambda text, number, raw: len(text), code, int(code), code.encode())
+    await flow.step("send", partial(len, [{"code": code}]))
+    await flow.pause("look")
+    return await flow.step("tell", lambda: {"it": [f"is {code}"]})
 '''
 SECRET = "correct-horse-battery-staple"
 
@@ -281,6 +307,68 @@ async def test_a_secret_in_an_error_is_masked_and_one_in_a_result_refused(house:
         assert SECRET not in str(shown) + str(listed)
         await house.control.cancel(run_id, PERSON, "seen")
     assert not holding(house.settings, SECRET)
+
+
+async def test_a_secret_given_in_the_wrong_place_is_refused_or_masked_and_never_journaled(house: House) -> None:
+    run_id, request = await asking(house, "keeps")
+    await answer(house, run_id, request, SECRET)
+    second = (await house.waiting(run_id, "waiting-input")).opened.request_id
+    before = (await house.control.run(run_id)).seq
+    where = r"secret that was given to step 'The code\?#1'.*nothing was written"
+    with pytest.raises(InvalidInput, match=where):
+        await answer(house, run_id, second, f"it is {SECRET}")
+    with pytest.raises(InvalidInput, match=where):
+        await house.control.send_event("paid", {"with": [SECRET]}, AGENT, run_id)
+    assert (await house.control.run(run_id)).seq == before
+    await answer(house, run_id, second, "something else")
+    await house.waiting(run_id, "waiting-event")
+    with pytest.raises(InvalidInput, match=where):
+        await house.control.send_event("paid", SECRET, AGENT)
+    await house.control.send_event("paid", "cash", AGENT)
+    decided = await house.waiting(run_id, "waiting-approval")
+    await house.control.approve(decided.opened.request_id, PERSON, "approve", f"with {SECRET}")
+    paused = await house.waiting(run_id, "paused")
+    assert re.fullmatch(r"something else cash with \[secret a-[0-9a-f]{12}\]", paused.opened.prompt)
+    await house.control.hijack(run_id, AGENT, f"type {SECRET}")
+    await house.resume(run_id)
+    run = await house.until(run_id, "failed")
+    assert run.error
+    assert "is in the request 'Which?'" in run.error.message
+    await house.control.cancel(run_id, PERSON, f"{SECRET} is wrong")
+    assert SECRET not in await house.story(run_id)
+    await until(lambda: not holding(house.settings, SECRET))
+
+
+async def test_a_short_secret_is_kept_where_it_stands_alone_and_no_fingerprint_tells_it(house: House) -> None:
+    runs = []
+    for code in ("739", "461"):
+        run_id, request = await asking(house, "short")
+        await answer(house, run_id, request, code)
+        await house.until(run_id, "paused")
+        runs.append(run_id)
+    run_id = runs[0]
+    [logged] = await house.events(run_id, ev.Logged)
+    assert re.fullmatch(r"the code is \[secret a-[0-9a-f]{12}\], of 27390", logged.message)
+    journaled = {event.key: event.fingerprint for event in await house.events(run_id, ev.StepStarted)}
+    plain = {
+        "count#1": fingerprint.of_call(lambda: 739, ()),
+        "type#1": fingerprint.of_call(lambda text, number, raw: 0, ("739", 739, b"739")),
+        "send#1": fingerprint.of_call(partial(len, [{"code": "739"}]), ()),
+    }
+    assert [key for key, digest in plain.items() if journaled[key] == digest] == ["count#1"]
+
+    # Another attempt comes to the same names and arguments.
+    await house.stop_working()
+    await house.working()
+    await house.resume(run_id)
+    run = await house.until(run_id, "failed")
+    assert run.error
+    assert "is in the result of step 'tell'" in run.error.message
+    assert run.attempt == 2
+    assert not await house.events(run_id, ev.StepNondeterministic)
+    assert len(await house.events(run_id, ev.StepStarted)) == 5
+    for run_id in runs:
+        await house.control.cancel(run_id, PERSON, "seen")
 
 
 async def test_a_step_that_asks_for_a_secret_gets_it_and_the_journal_does_not(house: House) -> None:

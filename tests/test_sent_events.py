@@ -183,6 +183,44 @@ async def test_a_kept_event_that_does_not_fit_is_put_aside_and_the_wait_goes_on(
     assert await house.finished(run_id) == 6
 
 
+async def test_an_event_that_could_not_be_used_is_corrected_under_the_same_key(house: House) -> None:
+    source = """
+        from typing import Annotated
+        from pydantic import AfterValidator
+
+        def even(n):
+            if n % 2:
+                raise ValueError("not even")
+            return n
+
+        @workflow
+        async def main(flow: Flow, word: str) -> list:
+            sent = {"day": date, "number": Annotated[int, AfterValidator(even)]}
+            return [(await flow.wait_for("due", sent)).number, await flow.wait_for("due", timeout=60, default="none")]
+        """
+    one, two = await house.start(source, {"word": "a"}), await house.again({"word": "b"})
+    for run_id in (one, two):
+        await house.waiting(run_id, "waiting-event")
+    send = house.control.send_event
+    with pytest.raises(InvalidInput, match="- day: 'tomorrow' is not a 'date'"):
+        await send("due", {"day": "tomorrow", "number": 2}, AGENT, one, "corrected")
+    due = {"day": "2031-05-01"}
+    assert set((await send("due", due | {"number": 1}, AGENT, key="corrected")).took) == {one, two}
+    for run_id in (one, two):
+        again = await house.event(run_id, ev.RequestOpened, lambda event: event.put_aside is not None)
+        assert "not even" in str(again.put_aside)
+    # To one or to all: who could not use it gets it corrected, once.
+    assert (await send("due", due | {"number": 2}, AGENT, one, "corrected")).took == (one,)
+    await house.event(one, ev.RequestOpened, lambda event: event.key == "due#2")
+    assert (await send("due", due | {"number": 2}, AGENT, key="corrected")).took == (two,)
+    await house.event(two, ev.RequestOpened, lambda event: event.key == "due#2")
+    for run_id in (one, None):
+        assert (await send("due", due | {"number": 2}, AGENT, run_id, "corrected")).before
+    for run_id in (one, two):
+        await send("due", "last", AGENT, run_id)
+        assert await house.finished(run_id) == [2, "last"]
+
+
 async def test_a_wait_can_be_answered_by_hand(house: House) -> None:
     run_id = await house.start(PAID, {"order": 7})
     request = await house.waiting(run_id, "waiting-event")

@@ -73,6 +73,19 @@ async def late(flow: Flow, gate: str) -> str:
 
 
 @workflow
+async def naps(flow: Flow) -> str:
+    """Sleep for an hour, and ask beside it."""
+
+    async def nap() -> str:
+        with flow.scope("nap"):
+            await flow.sleep(3600)
+            return await flow.step("after", lambda: "after")
+
+    nap = asyncio.create_task(nap())
+    return f"{await flow.ask('Which?', str, default='tea', expires=3600)} {await nap}"
+
+
+@workflow
 async def fails(flow: Flow) -> str:
     """Fail."""
     return await flow.step("fail", lambda: str(1 // 0))
@@ -302,32 +315,31 @@ async def expired(house: House, time: Clock, run_id: str, seconds: float = IDLE)
     return await house.control.run(run_id)
 
 
-async def test_a_takeover_that_nobody_takes_is_withdrawn_and_the_run_waits_as_before(house: House, time: Clock) -> None:
+async def test_a_person_who_is_asked_to_take_a_page_has_it_until_they_say_so(house: House, time: Clock) -> None:
     run_id, question = await asking(house)
     request_id = await take_over(house, run_id)
-    run = await expired(house, time, run_id, IDLE - 1)
+    run = await expired(house, time, run_id, 10 * IDLE)
     assert run.status == "hijacked"
-    run = await expired(house, time, run_id, 1)
-    assert run.status == "waiting-input"
-    assert run.requests[request_id].status == "withdrawn"
-    assert await listed(house, run_id) == ["input"]
-    with pytest.raises(Conflict, match="was withdrawn"):
-        await hand_back(house, run_id, request_id)
+    async with Client(build(house.settings)) as client:
+        [row] = (await call(client, "list_pending", kind="takeover", run_id=run_id))["requests"]
+        assert "held_until" not in await call(client, "get_run", run_id=run_id)
+    assert {"left_s", "expires"}.isdisjoint(row)
+    await hand_back(house, run_id, request_id)
+    run = await house.control.run(run_id)
+    assert (run.status, run.requests[request_id].status) == ("waiting-input", "answered")
     await house.store.rebuild()
     assert await listed(house, run_id) == ["input"]
     await house.resume(run_id, request_id=question.opened.request_id, value="word")
     assert await house.finished(run_id) == "word"
 
 
-@pytest.mark.parametrize("holder", ["agent", "human"])
 async def test_code_that_stood_still_is_paused_after_that_and_goes_on_only_with_resume(
-    house: House, time: Clock, holder: Any
+    house: House, time: Clock
 ) -> None:
-    gate = f"five {holder}"
-    run_id = await house.control.start("gated", {"gate": gate}, headless=False)
+    run_id = await house.control.start("gated", {"gate": "five"}, headless=False)
     await house.event(run_id, ev.StepStarted)
-    await house.control.hijack(run_id, AGENT, "look", holder)
-    await open_gate(house, gate)
+    await house.control.hijack(run_id, AGENT, "look")
+    await open_gate(house, "five")
     run = await house.until(run_id, "hijacked")
     run = await expired(house, time, run_id)
     assert run.status == "paused"
@@ -336,7 +348,7 @@ async def test_code_that_stood_still_is_paused_after_that_and_goes_on_only_with_
     async with Client(build(house.settings)) as client:
         shown = await call(client, "get_run", run_id=run_id)
         assert shown["next"] == f'resume(run_id="{run_id}")'
-        assert shown["why"].startswith(f"left unused for too long by the {holder}: look")
+        assert shown["why"].startswith("left unused for too long by the agent: look")
 
     await house.control.take_page(run_id, AGENT, "act")  # a paused run is taken by the act itself
     assert (await house.control.run(run_id)).status == "hijacked"
@@ -371,6 +383,27 @@ async def test_what_was_done_by_hand_is_kept_when_a_hold_expires_until_the_run_g
     await house.store.rebuild()
     await house.resume(waiting, value="word")
     assert (await house.finished(waiting), await house.finished(stopped)) == ("word", "done")
+
+
+@pytest.mark.parametrize("released", [False, True])
+async def test_a_run_that_waited_goes_on_after_that_only_with_resume_too(
+    house: House, time: Clock, released: bool
+) -> None:
+    run_id = await house.control.start("naps", {})
+    await house.until(run_id, "waiting-input")
+    await house.control.hijack(run_id, AGENT, "look")
+    run = await expired(house, time, run_id)
+    assert (run.status, run.hijack and run.hijack.expired) == ("waiting-input", True)
+    if released:
+        await house.stop_working()
+    run = await expired(house, time, run_id, 3600 - IDLE)  # both branches wake at once
+    if released:
+        await house.working()
+    run = await house.until(run_id, "paused")
+    assert {request.status for request in run.requests.values()} == {"expired"}
+    assert not run.steps
+    await house.resume(run_id)
+    assert await house.finished(run_id) == "tea after"
 
 
 async def test_using_the_page_holds_it_longer_and_another_may_take_it_afterwards(house: House, time: Clock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,35 @@ async def test_an_answer_after_the_deadline_comes_too_late_even_if_nobody_had_no
     clock.tick(61)
     assert (await house.control.send_event("paid", "yes", AGENT)).took == ()
     assert await house.finished(run_id) == "tea False no"
+
+
+async def test_a_time_to_answer_begins_with_the_question_however_long_the_page_was_held_before_it(
+    house: House, clock: Clock
+) -> None:
+    runs = []
+    for number, deadline in enumerate(("60", "datetime(2031, 5, 1, 12, 1, tzinfo=timezone.utc)")):
+        house.begin(f"held_{number}")
+        run_id = await house.start(
+            f"""
+            @workflow
+            async def main(flow: Flow) -> str:
+                await flow.step("wait", until_open, "gate")
+                return await flow.ask("Which?", str, default="tea", expires={deadline})
+            """
+        )
+        await house.event(run_id, ev.StepStarted)
+        await house.control.hijack(run_id, AGENT, "look")
+        house.open("gate")
+        await house.until(run_id, "hijacked")
+        runs.append(run_id)
+    clock.tick(61)
+    for run_id in runs:
+        await house.resume(run_id)
+    request = await house.waiting(runs[0], "waiting-input")
+    assert request.opened.expires == clock.time + timedelta(seconds=60)
+    clock.tick(60)
+    await house.control.keep_awake()
+    assert [await house.finished(run_id) for run_id in runs] == ["tea", "tea"]
 
 
 async def test_a_deadline_in_the_past_is_refused_when_asked_and_kept_when_it_passes_later(

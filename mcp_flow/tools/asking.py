@@ -132,6 +132,8 @@ async def _question(app: App, run: Run, request: Request) -> str:
     assert run.created
     what = "for your approval" if opened.kind == "approval" else "you"
     lines = [f"Run {run.run_id} of workflow {run.created.workflow} asks {what}:", opened.prompt]
+    if opened.put_aside:
+        lines.append(f"The last answer was put aside: {opened.put_aside}")
     if opened.data is not None:
         data = json.dumps(opened.data, ensure_ascii=False, indent=2)
         if len(data) > LONGEST_DATA:
