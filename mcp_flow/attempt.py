@@ -7,6 +7,7 @@ losing the run is refused by the store.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import anyio
 
@@ -39,11 +40,13 @@ from mcp_flow.errors import (
 from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
 from mcp_flow.flow import Flow, StepOptions, shape_of
 from mcp_flow.pages import Pages
-from mcp_flow.run import Request, Run, takes
+from mcp_flow.run import Request, Run, Step, takes
 from mcp_flow.secrets import Secrets, reveal, secret_places
 from mcp_flow.store import Store
 from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Outcome = Literal["finished", "failed", "suspended", "cancelled", "lost"]
 OpenSession = Callable[[Run, OnEvent, Checkpoint | None], Coroutine[Any, Any, Session]]
 
@@ -53,6 +56,25 @@ SETTLE = 0.05
 """How long nothing may happen before several branches count as waiting."""
 DOWNLOAD_SECONDS = 1.0
 """How long a wait is put off for downloads under way, so that whoever looks finds them."""
+
+
+def _by_flow(
+    call: Callable[Concatenate[Attempt, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Attempt, P], Coroutine[Any, Any, T]]:
+    """A call of `Flow`: while it is under way its branch does not count as waiting, but for an answer."""
+
+    @functools.wraps(call)
+    async def counted(self: Attempt, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._calls += 1
+        try:
+            return await call(self, *args, **kwargs)
+        finally:
+            self._calls -= 1
+            self._touch()
+            if self._waits:
+                self._check_idle_soon()
+
+    return counted
 
 
 class Attempt:
@@ -100,7 +122,7 @@ class Attempt:
         self._busy: dict[str, str] = {}
         self._asked: set[str] = set()
         self._activity = 0
-        self._opening = 0
+        self._calls = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waits: dict[str, asyncio.Future[None]] = {}
         self._idle_check: asyncio.TimerHandle | None = None
@@ -250,6 +272,7 @@ class Attempt:
 
     # --- steps ---
 
+    @_by_flow
     async def step(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], options: StepOptions) -> Any:
         """`Flow.step`: reuse, run or doubt, as the journal says."""
         await self._enter(f"flow.step({name!r})", name)
@@ -266,8 +289,7 @@ class Attempt:
                 if self.pages.rebuilding:
                     self.pages.restored_here = step.restore
                     if step.restore:
-                        await self.pages.go_to(step.url)
-                        await invoke(name, fn, args, None, key)
+                        await self._redo_step(name, step, fn, args, options)
                 return self._load(name, shape, step.value)
             case replay.Doubt(why):
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
@@ -433,16 +455,10 @@ class Attempt:
         except (LeaseLost, IllegalEvent):
             raise
         except Exception as error:
-            if what := await self.pages.lost(error):
-                # No end of the step is journaled: it did not fail, it was interrupted.
-                self._lose(what)
-                raise asyncio.CancelledError("the page was lost") from error
-            await self.pages.explain(error)
+            await self._see_that_it_failed(name, error)
             effect_free = isinstance(error, Retriable)
             again = started.number <= options.retries and (not options.once or effect_free)
             retry_in = seconds_before_next(options.backoff, started.number) if again else None
-            with suppress(AttributeError):
-                setattr(error.exit if isinstance(error, Exited) else error, "mcp_flow_step", name)  # noqa: B010
             failed = ev.StepFailed(
                 key=key,
                 generation=generation,
@@ -456,6 +472,42 @@ class Attempt:
         finally:
             self._starts.pop(key, None)
             self._end(key)
+
+    async def _redo_step(
+        self, name: str, step: Step, fn: Callable[..., Any], args: tuple[Any, ...], options: StepOptions
+    ) -> None:
+        """Do a finished step again on pages that are being rebuilt, tried like any other; its old result stands."""
+        number = 0
+        while True:
+            number += 1
+            async with self._slots:
+                self._begin(step.key, name)
+                try:
+                    await self.pages.go_to(step.url)
+                    await invoke(name, fn, args, options.timeout, step.key)
+                    return
+                except (LeaseLost, IllegalEvent):
+                    raise
+                except Exception as error:
+                    await self._see_that_it_failed(name, error)
+                    if number > options.retries:
+                        if options.on_fail == "continue":
+                            return
+                        raise
+                finally:
+                    self._end(step.key)
+            await asyncio.sleep(seconds_before_next(options.backoff, number))
+            await self._enter(f"flow.step({name!r})", name)
+
+    async def _see_that_it_failed(self, name: str, error: Exception) -> None:
+        """Say of which step an error is, and why; one of a lost page is no failure, and ends the attempt."""
+        if what := await self.pages.lost(error):
+            # No end of the step is journaled: it did not fail, it was interrupted.
+            self._lose(what)
+            raise asyncio.CancelledError("the page was lost") from error
+        await self.pages.explain(error)
+        with suppress(AttributeError):
+            setattr(error.exit if isinstance(error, Exited) else error, "mcp_flow_step", name)  # noqa: B010
 
     def _moved_to(self) -> str | None:
         """Where the main page is, unless the journal knows; one that holds a secret is not journaled."""
@@ -493,6 +545,7 @@ class Attempt:
 
     # --- waits ---
 
+    @_by_flow
     async def wait(
         self,
         kind: ev.RequestKind,
@@ -597,11 +650,7 @@ class Attempt:
                     moves += [] if run.idle and not moves else [*self._compared(run), ev.AttemptIdled()]
             return moves
 
-        self._opening += 1
-        try:
-            await self._decide(plan)
-        finally:
-            self._opening -= 1
+        await self._decide(plan)
         if kind not in ("timer", "event") and (opened := self.run.requests.get(request_id)):
             self._spawn(self._keep_stop(opened.seq))
         return await self._until_settled(key, terms)
@@ -680,18 +729,25 @@ class Attempt:
         """Whether the calling task is the only branch there is, as far as `Flow` was used."""
         return not self._busy and asyncio.current_task() is self._root and self._tasks <= {self._root}
 
+    def _all_wait(self) -> bool:
+        """Whether no branch does anything but wait for an answer, as far as `Flow` was used.
+
+        Branches that the function has left behind at its end are not what the run waits for.
+        """
+        return 0 < len(self._waits) == self._calls and self._root is not None and not self._root.done()
+
     def _check_idle_soon(self) -> None:
         """Several branches: call the attempt idle once nothing has happened for a moment."""
         if self._idle_check:
             self._idle_check.cancel()
-        if self._closed or self.run.idle or self._busy or not self._waits:
+        if self._closed or self.run.idle or not self._all_wait():
             return
         seen = self._activity
 
         def check() -> None:
             if seen != self._activity:
                 self._check_idle_soon()
-            elif not self._busy and not self._opening and self._waits and not self._closed:
+            elif self._all_wait() and not self._closed:
                 self._spawn(self._go_idle())
 
         self._idle_check = asyncio.get_running_loop().call_later(SETTLE, check)
@@ -699,7 +755,7 @@ class Attempt:
     async def _go_idle(self) -> None:
         def plan(run: Run) -> list[ev.Event]:
             open_ids = {request.opened.request_id for request in run.open_requests()}
-            if run.idle or self._busy or not open_ids & set(self._waits):
+            if run.idle or not self._all_wait() or not open_ids & set(self._waits):
                 return []
             return [*self._not_asked(run), *self._compared(run), ev.AttemptIdled()]
 
@@ -710,6 +766,7 @@ class Attempt:
 
     # --- values and remarks ---
 
+    @_by_flow
     async def value(self, name: str, make: Callable[[], Any]) -> Any:
         """A value fixed once for all attempts."""
         await self._enter(f"flow.{name}", name)
@@ -722,6 +779,7 @@ class Attempt:
         await self._append(ev.ValueRecorded(key=key, value=value))
         return value
 
+    @_by_flow
     async def log(self, message: str, level: Literal["debug", "info", "warning"]) -> None:
         """`Flow.log`."""
         await self._enter()
@@ -730,6 +788,7 @@ class Attempt:
             text = self._secrets.mask(message)[:LONGEST_MESSAGE]
             await self._append(ev.Logged(key=key, message=text, level=level))
 
+    @_by_flow
     async def progress(self, done: float, total: float | None, message: str | None) -> None:
         """`Flow.progress`."""
         await self._enter()
@@ -738,6 +797,7 @@ class Attempt:
             text = self._secrets.mask(message)[:LONGEST_MESSAGE] if message else None
             await self._append(ev.ProgressReported(key=key, done=done, total=total, message=text))
 
+    @_by_flow
     async def attach(self, name: str, content: bytes) -> str:
         """`Flow.attach`."""
         await self._enter()
@@ -769,6 +829,7 @@ class Attempt:
 
     # --- the page ---
 
+    @_by_flow
     async def page(self, name: str) -> Any:
         """`Flow.page`."""
         await self._enter(f"flow.page({name!r})")
@@ -963,8 +1024,6 @@ class Attempt:
         if not self._busy:
             self._quiet.set()
         self._touch()
-        if self._waits:
-            self._check_idle_soon()
         if not self._busy and not self._gate.is_set() and not self._closed:
             self._spawn(self._stop_between_steps(None))
 
