@@ -13,7 +13,7 @@ import json
 import os
 import secrets as tokens
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
@@ -36,6 +36,7 @@ from mcp_flow.errors import (
     Retriable,
     StepError,
     StepResultError,
+    StoreError,
 )
 from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
 from mcp_flow.flow import Flow, StepOptions, shape_of
@@ -103,6 +104,7 @@ class Attempt:
         self.finishing = False
         self.suspending: asyncio.Task[None] | None = None
         self.waiting_since: float | None = None
+        self._interrupted: StoreError | None = None
         self._epoch = epoch
         self._workflow = workflow
         self._source_line = source_line
@@ -148,7 +150,10 @@ class Attempt:
     # --- the pass ---
 
     async def execute(self) -> Outcome:
-        """Run the function to its end, whatever that is, and journal it."""
+        """Run the function to its end, whatever that is, and journal it.
+
+        Raises `StoreError` where the journal could not be written: then nothing more of the attempt is in it.
+        """
         try:
             await self._append(ev.AttemptStarted(attempt=self.number, revision=self.run.revision))
             await self._learn_secrets()
@@ -157,12 +162,13 @@ class Attempt:
             given_up = asyncio.create_task(self._given_up.wait())
             await asyncio.wait({self._root, given_up}, return_when=asyncio.FIRST_COMPLETED)
             if self._closed:
-                await given_up
-                return "cancelled" if self.run.ended else "suspended"
+                return await self._give_up()
             given_up.cancel()
             await self._finish(await self._root)
             return "finished"
         except BaseException as error:  # the boundary to the author's code: it may raise anything
+            if error is self._interrupted:
+                raise
             if not self._closed and (what := await self.pages.lost(error)) and not self._closed:
                 await self.suspend(0, lost=what)
             return await self._end_with(error)
@@ -181,11 +187,19 @@ class Attempt:
                 return "failed"
             except (LeaseLost, IllegalEvent):
                 await self.store.run(self.run.run_id)
+            except asyncio.CancelledError:
+                if not self._interrupted:
+                    raise
         if self._closed:
             # Somebody ends the attempt, perhaps because its pages are lost, and what follows has to wait for that.
-            await self._given_up.wait()
-            return "cancelled" if self.run.ended else "suspended"
+            return await self._give_up()
         return "cancelled" if self.run.ended else "lost"
+
+    async def _give_up(self) -> Outcome:
+        await self._given_up.wait()
+        if self._interrupted and not self.run.ended:
+            raise self._interrupted
+        return "cancelled" if self.run.ended else "suspended"
 
     async def _call(self) -> Any:
         assert self.run.created
@@ -241,7 +255,7 @@ class Attempt:
             with anyio.move_on_after(0 if self._held else grace):
                 await self._quiet.wait()
             if not self.run.ended and not lost:
-                await self.pages.checkpoint(amid_steps=bool(self._busy))
+                await self.pages.checkpoint(amid_steps=bool(self._busy or self._interrupted))
             if self._root and not self._root.done():
                 self._root.cancel("suspended")
                 await asyncio.wait([self._root], timeout=5)
@@ -262,6 +276,20 @@ class Attempt:
         if not self._closed:
             self._closed = True
             self.suspending = asyncio.create_task(self.suspend(self.settings.grace, lost=what))
+
+    def _interrupt(self, error: StoreError) -> None:
+        """End the attempt, because the journal can't be written: what it does from now on would be lost."""
+        if not self._closed:
+            self._closed, self._interrupted = True, error
+            self.suspending = asyncio.create_task(self.suspend(self.settings.grace))
+
+    async def _journaled(self, writing: Awaitable[T]) -> T:
+        """The outcome of a write; where the journal can't be written, no code of the author goes on with that."""
+        try:
+            return await writing
+        except StoreError as error:
+            self._interrupt(error)
+            raise asyncio.CancelledError("the journal can't be written") from error
 
     async def detach(self) -> None:
         """Close the attempt's browser connection: code that ignored its cancellation reaches no page any more."""
@@ -449,7 +477,7 @@ class Attempt:
             text, live = self._encode(name, shape, value)
             ms = round((time.perf_counter() - clock) * 1000, 3)
             finished = ev.StepFinished(key=key, generation=generation, value=json.loads(text), ms=ms)
-            await self._append(*start.unwritten(), finished, places=self.pages.moved())
+            await self._append(*await start.unwritten(), finished, places=self.pages.moved())
             self.pages.keep_soon()
             return live
         except (LeaseLost, IllegalEvent):
@@ -467,7 +495,7 @@ class Attempt:
                 effect_free=effect_free,
                 retry_in=retry_in,
             )
-            await self._append(*start.unwritten(), failed)
+            await self._append(*await start.unwritten(), failed)
             raise TryFailed(error, retry_in) from error
         finally:
             self._starts.pop(key, None)
@@ -833,7 +861,7 @@ class Attempt:
     async def page(self, name: str) -> Any:
         """`Flow.page`."""
         await self._enter(f"flow.page({name!r})")
-        return await self.pages.get(name)
+        return await self._journaled(self.pages.get(name))
 
     def _attached(self) -> None:
         if self.run.hijack and not self.run.hijack.stopped:
@@ -1031,14 +1059,14 @@ class Attempt:
         self._activity += 1
 
     async def _append(self, *events: ev.Event, places: str | None = None) -> None:
-        await self.store.append(self.run.run_id, *events, epoch=self._epoch, places=places)
+        await self._journaled(self.store.append(self.run.run_id, *events, epoch=self._epoch, places=places))
 
-    def append_soon(self, event: ev.Event) -> None:
-        """Queue an event without waiting for it."""
-        self.store.append_soon(self.run.run_id, event, epoch=self._epoch)
+    def append_soon(self, event: ev.Event) -> asyncio.Future[Any]:
+        """Queue an event without waiting for it; the future ends when it is durable."""
+        return self.store.append_soon(self.run.run_id, event, epoch=self._epoch)
 
     async def _decide(self, plan: Callable[[Run], Sequence[ev.Event]]) -> None:
-        await self.store.decide(self.run.run_id, plan, epoch=self._epoch)
+        await self._journaled(self.store.decide(self.run.run_id, plan, epoch=self._epoch))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)

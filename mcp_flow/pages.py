@@ -13,7 +13,7 @@ from playwright.async_api import Error, Page
 
 from mcp_flow import events as ev
 from mcp_flow.browser.session import Checkpoint, Session
-from mcp_flow.errors import FlowError, PageGone
+from mcp_flow.errors import FlowError, PageGone, StoreError
 from mcp_flow.page.snapshot import record
 from mcp_flow.run import Run
 from mcp_flow.secrets import SECRET_FIELDS
@@ -157,9 +157,10 @@ class Pages:
         except FlowError:
             return  # the page is gone; the checkpoint before it is the last one
         self._stored = json.loads(data)
-        if not amid_steps:
-            self._places = places
-        await self._store.save_checkpoint(self._run.run_id, None if amid_steps else places, data, self._epoch)
+        with suppress(StoreError):  # as above; the run's next event says whether it can go on
+            await self._store.save_checkpoint(self._run.run_id, None if amid_steps else places, data, self._epoch)
+            if not amid_steps:
+                self._places = places
 
     def keep_soon(self) -> None:
         """Keep what the context stores by now, beside the run's next work: a step does not wait for it."""
