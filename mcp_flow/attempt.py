@@ -402,7 +402,9 @@ class Attempt:
                 await asyncio.sleep(wait)
                 await self._enter(f"flow.step({name!r})", name)
             elif options.once and not isinstance(error, Retriable):
-                why = self._secrets.mask(f"it raised {type(error).__name__}: {error}")[:LONGEST_MESSAGE]
+                since = self.run.steps[key].started_at
+                why = f"it started at {since} and raised {type(error).__name__}: {error}"
+                why = self._secrets.mask(why)[:LONGEST_MESSAGE]
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
                 if settled:
                     return value
