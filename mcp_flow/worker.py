@@ -30,7 +30,7 @@ from mcp_flow.attempt import Attempt, Outcome
 from mcp_flow.browser import host as hosts
 from mcp_flow.browser import proxy
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, attach, sweep
+from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, close_context, sweep
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import Workflow, workflows_in
 from mcp_flow.errors import (
@@ -475,8 +475,7 @@ class Worker:
         for host in hosts.living(self._settings):
             for target_id in list(run.pages.values()):
                 with contextlib.suppress(FlowError):
-                    page = await attach(self._driver, host, target_id)
-                    await page.context.close()
+                    await close_context(self._driver, host, target_id)
                     await proxy.dismiss(host.endpoint, run.run_id)
                     break
         await self._append_quietly(run, ev.PageClosed())

@@ -675,6 +675,14 @@ async def attach(driver: Driver, host: HostInfo, target_id: str) -> Page:
         raise
 
 
+async def close_context(driver: Driver, host: HostInfo, target_id: str) -> None:
+    """Close the context that holds the page with this target id, and the connection for that. Raises `PageGone`."""
+    page = await attach(driver, host, target_id)
+    await _wind_up(page.context.close(), CLOSE_SECONDS)
+    if browser := page.context.browser:
+        await _wind_up(browser.close(), CLOSE_SECONDS)
+
+
 async def sweep(driver: Driver, host: HostInfo, keep: Collection[str]) -> int:
     """Close the contexts that hold none of these target ids, and say how many there were.
 
