@@ -250,6 +250,10 @@ async def test_a_run_that_nobody_executes_is_rebuilt_once_it_is_answered(
     assert (view["status"], view["page"]["url"]) == ("waiting-approval", f"{site.url}/cart")
     assert view["page"]["gone"]
     await house.working()
+    other = await house.again({"site": site.url})
+    await house.waiting(other, "waiting-approval")
+    pages = [(await call(client, "get_run", run_id=each))["page"] for each in (run_id, other)]
+    assert ["gone" in page for page in pages] == [True, False]  # another browser does not have it
     await house.approve(request)
     assert await house.finished(run_id) == [*AT_THE_CART, 2]
     assert await attachments(house, run_id) == ["restored"]

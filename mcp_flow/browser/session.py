@@ -293,6 +293,11 @@ class Session:
         except (Error, TimeoutError) as error:
             raise self._lost(error) from error
 
+    @property
+    def host(self) -> str:
+        """What tells the host of the pages from others."""
+        return hosts.identity(self._endpoint)
+
     async def records(self) -> list[PageRecord]:
         """What finds the named pages again."""
         return [PageRecord(name, await self._id(page)) for name, page in list(self.pages.items())]
@@ -609,6 +614,7 @@ class Session:
 
     async def _save(self, download: Download) -> None:
         about: dict[str, Any] = {"url": download.url, "suggested": download.suggested_filename}
+        self._on_event("download-started", about)
         try:
             folder = config.private_folder(self._folder / "downloads")
             with _reserved(folder, download.suggested_filename) as path:
