@@ -7,18 +7,19 @@ losing the run is refused by the store.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import os
 import secrets as tokens
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import anyio
 
@@ -37,15 +38,18 @@ from mcp_flow.errors import (
     Retriable,
     StepError,
     StepResultError,
+    StoreError,
 )
 from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
 from mcp_flow.flow import Flow, StepOptions, shape_of
 from mcp_flow.pages import Pages
-from mcp_flow.run import Request, Run, takes
+from mcp_flow.run import Request, Run, Step, takes
 from mcp_flow.secrets import Secrets, masked, reveal, secret_places
 from mcp_flow.store import Store
 from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Outcome = Literal["finished", "failed", "suspended", "cancelled", "lost"]
 OpenSession = Callable[[Run, OnEvent, Checkpoint | None], Coroutine[Any, Any, Session]]
 
@@ -65,6 +69,25 @@ class PutAside:
 
     request: Request
     why: str
+
+
+def _by_flow(
+    call: Callable[Concatenate[Attempt, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Attempt, P], Coroutine[Any, Any, T]]:
+    """A call of `Flow`: while it is under way its branch does not count as waiting, but for an answer."""
+
+    @functools.wraps(call)
+    async def counted(self: Attempt, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._calls += 1
+        try:
+            return await call(self, *args, **kwargs)
+        finally:
+            self._calls -= 1
+            self._touch()
+            if self._waits:
+                self._check_idle_soon()
+
+    return counted
 
 
 class Attempt:
@@ -93,6 +116,7 @@ class Attempt:
         self.finishing = False
         self.suspending: asyncio.Task[None] | None = None
         self.waiting_since: float | None = None
+        self._interrupted: StoreError | None = None
         self._epoch = epoch
         self._workflow = workflow
         self._source_line = source_line
@@ -113,7 +137,7 @@ class Attempt:
         self._busy: dict[str, str] = {}
         self._asked: set[str] = set()
         self._activity = 0
-        self._opening = 0
+        self._calls = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waits: dict[str, asyncio.Future[None]] = {}
         self._idle_check: asyncio.TimerHandle | None = None
@@ -140,7 +164,10 @@ class Attempt:
     # --- the pass ---
 
     async def execute(self) -> Outcome:
-        """Run the function to its end, whatever that is, and journal it."""
+        """Run the function to its end, whatever that is, and journal it.
+
+        Raises `StoreError` where the journal could not be written: then nothing more of the attempt is in it.
+        """
         try:
             await self._append(ev.AttemptStarted(attempt=self.number, revision=self.run.revision))
             await self._learn_secrets()
@@ -149,12 +176,13 @@ class Attempt:
             given_up = asyncio.create_task(self._given_up.wait())
             await asyncio.wait({self._root, given_up}, return_when=asyncio.FIRST_COMPLETED)
             if self._closed:
-                await given_up
-                return "cancelled" if self.run.ended else "suspended"
+                return await self._give_up()
             given_up.cancel()
             await self._finish(await self._root)
             return "finished"
         except BaseException as error:  # the boundary to the author's code: it may raise anything
+            if error is self._interrupted:
+                raise
             if not self._closed and (what := await self.pages.lost(error)) and not self._closed:
                 await self.suspend(0, lost=what)
             return await self._end_with(error)
@@ -173,11 +201,24 @@ class Attempt:
                 return "failed"
             except (LeaseLost, IllegalEvent):
                 await self.store.run(self.run.run_id)
+            except asyncio.CancelledError:
+                if not self._interrupted:
+                    raise
         if self._closed:
             # Somebody ends the attempt, perhaps because its pages are lost, and what follows has to wait for that.
-            await self._given_up.wait()
-            return "cancelled" if self.run.ended else "suspended"
+            return await self._give_up()
         return "cancelled" if self.run.ended else "lost"
+
+    def _superseded(self) -> bool:
+        """Whether somebody has had the run go on anew, of which this attempt has not been told yet."""
+        ours = self.run.owner is not None and self.run.epoch == self._epoch
+        return ours and not self.run.ended and not self.run.active and self.run.attempt == self.number
+
+    async def _give_up(self) -> Outcome:
+        await self._given_up.wait()
+        if self._interrupted and not self.run.ended:
+            raise self._interrupted
+        return "cancelled" if self.run.ended else "suspended"
 
     async def _call(self) -> Any:
         assert self.run.created
@@ -233,7 +274,7 @@ class Attempt:
             with anyio.move_on_after(0 if self._held else grace):
                 await self._quiet.wait()
             if not self.run.ended and not lost:
-                await self.pages.checkpoint(amid_steps=bool(self._busy))
+                await self.pages.checkpoint(amid_steps=bool(self._busy or self._interrupted))
             if self._root and not self._root.done():
                 self._root.cancel("suspended")
                 await asyncio.wait([self._root], timeout=5)
@@ -255,6 +296,29 @@ class Attempt:
             self._closed = True
             self.suspending = asyncio.create_task(self.suspend(self.settings.grace, lost=what))
 
+    def _interrupt(self, error: StoreError) -> None:
+        """End the attempt, because the journal can't be written: what it does from now on would be lost."""
+        if not self._closed:
+            self._closed, self._interrupted = True, error
+            self.suspending = asyncio.create_task(self.suspend(self.settings.grace))
+
+    async def _journaled(self, writing: Awaitable[T]) -> T:
+        """The outcome of a write; where the journal can't be written, or the run goes on anew by now, no code of the
+        author goes on with that."""
+        try:
+            return await writing
+        except IllegalEvent as error:
+            await self.store.run(self.run.run_id)
+            if not self._closed and self._superseded():
+                self._closed = True
+                self.suspending = asyncio.create_task(self.suspend(self.settings.grace))
+            if self._closed:
+                raise asyncio.CancelledError("the attempt is over") from error
+            raise
+        except StoreError as error:
+            self._interrupt(error)
+            raise asyncio.CancelledError("the journal can't be written") from error
+
     async def detach(self) -> None:
         """Close the attempt's browser connection: code that ignored its cancellation reaches no page any more."""
         self._closed = True
@@ -264,6 +328,7 @@ class Attempt:
 
     # --- steps ---
 
+    @_by_flow
     async def step(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...], options: StepOptions) -> Any:
         """`Flow.step`: reuse, run or doubt, as the journal says."""
         await self._enter(f"flow.step({name!r})", name)
@@ -280,8 +345,7 @@ class Attempt:
                 if self.pages.rebuilding:
                     self.pages.restored_here = step.restore
                     if step.restore:
-                        await self.pages.go_to(step.url)
-                        await invoke(name, fn, args, None, key)
+                        await self._redo_step(name, step, fn, args, options)
                 return self._load(name, shape, step.value)
             case replay.Doubt(why):
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
@@ -366,7 +430,9 @@ class Attempt:
                 await asyncio.sleep(wait)
                 await self._enter(f"flow.step({name!r})", name)
             elif options.once and not isinstance(error, Retriable):
-                why = self._secrets.mask(f"it raised {type(error).__name__}: {error}")[:LONGEST_MESSAGE]
+                since = self.run.steps[key].started_at
+                why = f"it started at {since} and raised {type(error).__name__}: {error}"
+                why = self._secrets.mask(why)[:LONGEST_MESSAGE]
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
                 if settled:
                     return value
@@ -441,22 +507,16 @@ class Attempt:
             text, live = self._encode(name, shape, value)
             ms = round((time.perf_counter() - clock) * 1000, 3)
             finished = ev.StepFinished(key=key, generation=generation, value=json.loads(text), ms=ms)
-            await self._append(*start.unwritten(), finished, places=self.pages.moved())
+            await self._append(*await start.unwritten(), finished, places=self.pages.moved())
             self.pages.keep_soon()
             return live
         except (LeaseLost, IllegalEvent):
             raise
         except Exception as error:
-            if what := await self.pages.lost(error):
-                # No end of the step is journaled: it did not fail, it was interrupted.
-                self._lose(what)
-                raise asyncio.CancelledError("the page was lost") from error
-            await self.pages.explain(error)
+            await self._see_that_it_failed(name, error)
             effect_free = isinstance(error, Retriable)
             again = started.number <= options.retries and (not options.once or effect_free)
             retry_in = seconds_before_next(options.backoff, started.number) if again else None
-            with suppress(AttributeError):
-                setattr(error.exit if isinstance(error, Exited) else error, "mcp_flow_step", name)  # noqa: B010
             failed = ev.StepFailed(
                 key=key,
                 generation=generation,
@@ -465,11 +525,47 @@ class Attempt:
                 effect_free=effect_free,
                 retry_in=retry_in,
             )
-            await self._append(*start.unwritten(), failed)
+            await self._append(*await start.unwritten(), failed)
             raise TryFailed(error, retry_in) from error
         finally:
             self._starts.pop(key, None)
             self._end(key)
+
+    async def _redo_step(
+        self, name: str, step: Step, fn: Callable[..., Any], args: tuple[Any, ...], options: StepOptions
+    ) -> None:
+        """Do a finished step again on pages that are being rebuilt, tried like any other; its old result stands."""
+        number = 0
+        while True:
+            number += 1
+            async with self._slots:
+                self._begin(step.key, name)
+                try:
+                    await self.pages.go_to(step.url)
+                    await invoke(name, fn, args, options.timeout, step.key)
+                    return
+                except (LeaseLost, IllegalEvent):
+                    raise
+                except Exception as error:
+                    await self._see_that_it_failed(name, error)
+                    if number > options.retries:
+                        if options.on_fail == "continue":
+                            return
+                        raise
+                finally:
+                    self._end(step.key)
+            await asyncio.sleep(seconds_before_next(options.backoff, number))
+            await self._enter(f"flow.step({name!r})", name)
+
+    async def _see_that_it_failed(self, name: str, error: Exception) -> None:
+        """Say of which step an error is, and why; one of a lost page is no failure, and ends the attempt."""
+        if what := await self.pages.lost(error):
+            # No end of the step is journaled: it did not fail, it was interrupted.
+            self._lose(what)
+            raise asyncio.CancelledError("the page was lost") from error
+        await self.pages.explain(error)
+        with suppress(AttributeError):
+            setattr(error.exit if isinstance(error, Exited) else error, "mcp_flow_step", name)  # noqa: B010
 
     def _moved_to(self) -> str | None:
         """Where the main page is, unless the journal knows; one that holds a secret is not journaled."""
@@ -514,6 +610,7 @@ class Attempt:
 
     # --- waits ---
 
+    @_by_flow
     async def wait(
         self,
         kind: ev.RequestKind,
@@ -665,11 +762,7 @@ class Attempt:
                     moves += [] if run.idle and not moves else [*self._compared(run), ev.AttemptIdled()]
             return moves
 
-        self._opening += 1
-        try:
-            await self._decide(plan)
-        finally:
-            self._opening -= 1
+        await self._decide(plan)
         if kind not in UNSEEN and (opened := self.run.requests.get(request_id)):
             self._spawn(self._keep_stop(f"stop-{opened.seq}"))
         return await self._until_settled(key, terms)
@@ -709,12 +802,7 @@ class Attempt:
             self._waits.pop(request_id, None)
             self._touch()
             self._check_idle_soon()
-        self._opening += 1  # a branch that has its answer does not wait, also while the gate keeps it
-        try:
-            await self._enter()
-        finally:
-            self._opening -= 1
-            self._check_idle_soon()
+        await self._enter()
         settled = self.run.requests[request_id]
         if secret_places(settled.opened.answer_schema):
             await self._learn_secrets()
@@ -756,18 +844,25 @@ class Attempt:
         """Whether the calling task is the only branch there is, as far as `Flow` was used."""
         return not self._busy and asyncio.current_task() is self._root and self._tasks <= {self._root}
 
+    def _all_wait(self) -> bool:
+        """Whether no branch does anything but wait for an answer, as far as `Flow` was used.
+
+        Branches that the function has left behind at its end are not what the run waits for.
+        """
+        return 0 < len(self._waits) == self._calls and self._root is not None and not self._root.done()
+
     def _check_idle_soon(self) -> None:
         """Several branches: call the attempt idle once nothing has happened for a moment."""
         if self._idle_check:
             self._idle_check.cancel()
-        if self._closed or self.run.idle or self._busy or not self._waits:
+        if self._closed or self.run.idle or not self._all_wait():
             return
         seen = self._activity
 
         def check() -> None:
             if seen != self._activity:
                 self._check_idle_soon()
-            elif not self._busy and not self._opening and self._waits and not self._closed:
+            elif self._all_wait() and not self._closed:
                 self._spawn(self._go_idle())
 
         self._idle_check = asyncio.get_running_loop().call_later(SETTLE, check)
@@ -775,7 +870,7 @@ class Attempt:
     async def _go_idle(self) -> None:
         def plan(run: Run) -> list[ev.Event]:
             open_ids = {request.opened.request_id for request in run.open_requests()}
-            if run.idle or self._busy or not open_ids & set(self._waits):
+            if run.idle or not self._all_wait() or not open_ids & set(self._waits):
                 return []
             return [*self._not_asked(run), *self._compared(run), ev.AttemptIdled()]
 
@@ -786,6 +881,7 @@ class Attempt:
 
     # --- values and remarks ---
 
+    @_by_flow
     async def value(self, name: str, make: Callable[[], Any]) -> Any:
         """A value fixed once for all attempts."""
         await self._enter(f"flow.{name}", name)
@@ -798,6 +894,7 @@ class Attempt:
         await self._append(ev.ValueRecorded(key=key, value=value))
         return value
 
+    @_by_flow
     async def log(self, message: str, level: Literal["debug", "info", "warning"]) -> None:
         """`Flow.log`."""
         await self._enter()
@@ -806,6 +903,7 @@ class Attempt:
             text = self._secrets.mask(message)[:LONGEST_MESSAGE]
             await self._append(ev.Logged(key=key, message=text, level=level))
 
+    @_by_flow
     async def progress(self, done: float, total: float | None, message: str | None) -> None:
         """`Flow.progress`."""
         await self._enter()
@@ -814,6 +912,7 @@ class Attempt:
             text = self._secrets.mask(message)[:LONGEST_MESSAGE] if message else None
             await self._append(ev.ProgressReported(key=key, done=done, total=total, message=text))
 
+    @_by_flow
     async def attach(self, name: str, content: bytes) -> str:
         """`Flow.attach`."""
         await self._enter()
@@ -850,10 +949,11 @@ class Attempt:
 
     # --- the page ---
 
+    @_by_flow
     async def page(self, name: str) -> Any:
         """`Flow.page`."""
         await self._enter(f"flow.page({name!r})")
-        return await self.pages.get(name)
+        return await self._journaled(self.pages.get(name))
 
     def _attached(self) -> None:
         if self.run.hijack:
@@ -1076,8 +1176,6 @@ class Attempt:
         if not self._busy:
             self._quiet.set()
         self._touch()
-        if self._waits:
-            self._check_idle_soon()
         if not self._busy and not self._gate.is_set() and not self._closed:
             self._spawn(self._stop_between_steps(None))
 
@@ -1085,14 +1183,14 @@ class Attempt:
         self._activity += 1
 
     async def _append(self, *events: ev.Event, places: str | None = None) -> None:
-        await self.store.append(self.run.run_id, *events, epoch=self._epoch, places=places)
+        await self._journaled(self.store.append(self.run.run_id, *events, epoch=self._epoch, places=places))
 
-    def append_soon(self, event: ev.Event) -> None:
-        """Queue an event without waiting for it."""
-        self.store.append_soon(self.run.run_id, event, epoch=self._epoch)
+    def append_soon(self, event: ev.Event) -> asyncio.Future[Any]:
+        """Queue an event without waiting for it; the future ends when it is durable."""
+        return self.store.append_soon(self.run.run_id, event, epoch=self._epoch)
 
     async def _decide(self, plan: Callable[[Run], Sequence[ev.Event]]) -> None:
-        await self.store.decide(self.run.run_id, plan, epoch=self._epoch)
+        await self._journaled(self.store.decide(self.run.run_id, plan, epoch=self._epoch))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)

@@ -637,9 +637,12 @@ class Control:
         return place
 
     def browser_lives(self, run: Run) -> bool:
-        """Whether there is a browser that can have the run's pages."""
+        """Whether the browser that has the run's pages lives, as far as the journal says which one that is."""
         assert run.created
-        return any(host.headless is run.created.headless for host in hosts.living(self._settings))
+        living = hosts.living(self._settings)
+        if run.page_host:
+            return any(host.identity == run.page_host for host in living)
+        return any(host.headless is run.created.headless for host in living)
 
     async def note_evaluation(
         self, run_id: str, channel: Channel, code: str, mode: Literal["read", "write"], outcome: str

@@ -332,11 +332,12 @@ class RequestShared(Event):
 
 
 class PageOpened(Event):
-    """A named page of the run exists in the browser under this target id."""
+    """A named page of the run exists in the browser under this target id; `host` tells that browser from others."""
 
     type: ClassVar[str] = "page.opened"
     name: str
     target_id: str
+    host: str = ""
 
 
 class PageAttached(Event):
@@ -361,7 +362,10 @@ class PageLost(Event):
 
 
 class PageObserved(Event):
-    """The browser did something that nobody asked for: a dialog, a download, a popup, a crash."""
+    """The browser did something that nobody asked for: a dialog, a download, a popup, a crash.
+
+    A `download-started` ends with a `download` of the same `url` and `suggested` name, that has a `path` or an `error`.
+    """
 
     type: ClassVar[str] = "page.observed"
     what: str

@@ -13,7 +13,7 @@ from playwright.async_api import Error, Page
 
 from mcp_flow import events as ev
 from mcp_flow.browser.session import Checkpoint, Session
-from mcp_flow.errors import FlowError, PageGone
+from mcp_flow.errors import FlowError, PageGone, StoreError
 from mcp_flow.page.guard import aside
 from mcp_flow.page.snapshot import record
 from mcp_flow.run import Run
@@ -23,6 +23,7 @@ from mcp_flow.store import Store
 TITLE_SECONDS = 1.0
 """How long a stop waits for a page's title."""
 SCREENSHOT_MS = 5000
+DOWNLOAD_LOST = "it was under way when its worker ended, and is lost; what began it has to be done again"
 KEEPING_SHARE = 0.1
 """The part of the time that may go into keeping what a context stores while steps follow each other."""
 _LONGEST_TITLE = 200
@@ -158,9 +159,10 @@ class Pages:
         except FlowError:
             return  # the page is gone; the checkpoint before it is the last one
         self._stored = json.loads(data)
-        if not amid_steps:
-            self._places = places
-        await self._store.save_checkpoint(self._run.run_id, None if amid_steps else places, data, self._epoch)
+        with suppress(StoreError):  # as above; the run's next event says whether it can go on
+            await self._store.save_checkpoint(self._run.run_id, None if amid_steps else places, data, self._epoch)
+            if not amid_steps:
+                self._places = places
 
     def keep_soon(self) -> None:
         """Keep what the context stores by now, beside the run's next work: a step does not wait for it."""
@@ -207,6 +209,10 @@ class Pages:
                 await session.close()
 
     async def _attach(self) -> None:
+        # Asked before there is a session, whose own downloads have not lost anybody.
+        lost = [
+            ev.PageObserved(what="download", details=begun | {"error": DOWNLOAD_LOST}) for begun in self._run.downloads
+        ]
         session = await self._open_session(await self._load_checkpoint())
         if session.state == "reattached" and self._half_rebuilt:
             session.state = "restored"
@@ -215,7 +221,7 @@ class Pages:
         self.session = session
         session.on_dialog = self._on_dialog
         if session.state != "live":
-            await self._append(ev.PageAttached(state=session.state))
+            await self._append(ev.PageAttached(state=session.state), *lost)
         self._on_attached()
 
     def _on_dialog(self) -> None:
@@ -227,7 +233,7 @@ class Pages:
 
     async def _journal(self, session: Session) -> None:
         fresh = [
-            ev.PageOpened(name=record.name, target_id=record.target_id)
+            ev.PageOpened(name=record.name, target_id=record.target_id, host=session.host)
             for record in await session.records()
             if self._run.pages.get(record.name) != record.target_id
         ]

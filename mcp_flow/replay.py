@@ -57,18 +57,18 @@ def reach_step(run: Run, key: str, fingerprint: str, *, once: bool) -> Reuse | E
         return Execute()
     if step.in_doubt:
         if step.error:
-            return Doubt(f"it raised {step.error.type}: {step.error.message}")
+            return Doubt(f"it started at {step.started_at} and raised {step.error.type}: {step.error.message}")
         return Doubt(f"it started at {step.started_at} and its end was never recorded")
     if step.status != "finished":
         return Execute()
     if step.doubted:
-        return Doubt("it was done, and what comes before it is done again")
+        return Doubt(f"it started at {step.started_at} and was done, and what comes before it is done again")
     if step.fingerprint == fingerprint:
         return Reuse(step)
     if step.revision == run.revision and run.last_anew < step.finished_seq:
         return Reuse(step, deviates=True)
     if step.once or once:
-        return Doubt("it finished with other arguments than it is reached with now")
+        return Doubt(f"it started at {step.started_at} and finished with other arguments than it is reached with now")
     return Execute(reset="its arguments changed")
 
 

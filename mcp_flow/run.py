@@ -195,6 +195,10 @@ class Run:
     remarks: set[str] = field(default_factory=set)
     """The keys of log lines, progress and attachments that need no second entry."""
     pages: dict[str, str] = field(default_factory=dict)
+    page_host: str = ""
+    """The browser host that has the pages; "" where an older journal does not say."""
+    downloads: tuple[dict[str, Any], ...] = ()
+    """What is known of the downloads that have begun and have no end yet."""
     page_state: ev.PageState | None = None
     page_since: str | None = None
     parked_since: str | None = None
@@ -557,9 +561,14 @@ class Run:
                     self.remarks.add(event.key)
             case ev.PageOpened() as event:
                 self.pages[event.name] = event.target_id
+                self.page_host = event.host or self.page_host
                 self.parked_since = None
                 if self.page_state is None:
                     self.page_state, self.page_since = "live", recorded.at
+            case ev.PageObserved(what="download-started") as event:
+                self.downloads = (*self.downloads, event.details)
+            case ev.PageObserved(what="download") as event:
+                self._end_download(event.details)
             case ev.PageAttached() as event:
                 self.page_state, self.page_since = event.state, recorded.at
             case ev.PageClosed() as event:
@@ -668,6 +677,12 @@ class Run:
     def _note_anew(self, key: str, seq: int) -> None:
         if self.generation(key):
             self.last_anew = seq
+
+    def _end_download(self, about: dict[str, Any]) -> None:
+        for number, begun in enumerate(self.downloads):
+            if all(begun.get(word) == about.get(word) for word in ("url", "suggested")):
+                self.downloads = self.downloads[:number] + self.downloads[number + 1 :]
+                return
 
     def _wake(self) -> None:
         """Let the run go on with an answer, unless it failed: a failure waits for `resume`."""

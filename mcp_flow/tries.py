@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mcp_flow import scope
-from mcp_flow.errors import StepTimeout
+from mcp_flow.errors import StepTimeout, StoreError
 from mcp_flow.events import StepStarted
 from mcp_flow.failures import Exited
 
@@ -30,26 +30,32 @@ class TryFailed(Exception):
 class Start:
     """The start of a try: written at once, after a moment, or together with the end, whichever comes first."""
 
-    def __init__(self, event: StepStarted, append: Append, append_soon: Callable[[StepStarted], None]) -> None:
+    def __init__(
+        self, event: StepStarted, append: Append, append_soon: Callable[[StepStarted], asyncio.Future[Any]]
+    ) -> None:
         self._event = event
         self._append = append
         self._append_soon = append_soon
         self._written = False
+        self._queued: asyncio.Future[Any] | None = None
 
     async def write(self) -> None:
         """Write it now, and return once it is durable."""
         self._written = True
         await self._append(self._event)
 
-    def unwritten(self) -> tuple[StepStarted, ...]:
-        """The event, if it is still to be written."""
+    async def unwritten(self) -> tuple[StepStarted, ...]:
+        """The event, if it is still to be written, or the journal could not be when it was queued."""
+        if self._queued is not None:
+            await asyncio.wait([self._queued])
+            return (self._event,) if isinstance(self._queued.exception(), StoreError) else ()
         written, self._written = self._written, True
         return () if written else (self._event,)
 
     def write_soon(self) -> None:
         """Queue it at this very moment, so that it can't come after the end; what refuses it refuses the end too."""
-        for event in self.unwritten():
-            self._append_soon(event)
+        if not self._written:
+            self._written, self._queued = True, self._append_soon(self._event)
 
 
 async def invoke(name: str, fn: Callable[..., Any], args: tuple[Any, ...], limit: float | None, key: str) -> Any:

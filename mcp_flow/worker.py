@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 
@@ -29,7 +30,7 @@ from mcp_flow.attempt import Attempt, Outcome
 from mcp_flow.browser import host as hosts
 from mcp_flow.browser import proxy
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, attach, sweep
+from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, close_context, sweep
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.definition import Workflow, workflows_in
 from mcp_flow.errors import (
@@ -39,6 +40,7 @@ from mcp_flow.errors import (
     IllegalEvent,
     LeaseLost,
     PageGone,
+    StoreError,
     WorkerCrashed,
 )
 from mcp_flow.leases import BLOCKED_SECONDS, Leases
@@ -65,6 +67,9 @@ MAX_CRASHES = 3
 """How many workers in a row may die at the same place of a run before it counts as failed."""
 TRUSTED_AFTER = 5.0
 """Seconds that a run suspected of killing workers lives before the next such run is taken beside it."""
+AGAIN_SECONDS = 0.1
+"""How long a run that was dropped is kept from the next attempt at first; twice as long each further time."""
+LONGEST_AGAIN_SECONDS = 10.0
 MAX_LOSSES = 3
 """How often in a row a run's pages may be lost at the same place before it counts as failed."""
 
@@ -98,6 +103,7 @@ class Worker:
         self._stopping = asyncio.Event()
         self._leases = Leases(settings, store)
         self._heart: _Heart | None = None
+        self._drops: dict[str, int] = {}
         self._suspect: str | None = None
         self._suspected_at = 0.0
         self._lock: presence.LifeLock | None = None
@@ -118,6 +124,7 @@ class Worker:
         try:
             await self._work(bell)
         finally:
+            self.stop()
             await self._release_all()
             await self._driver.stop()
             heart.stop()
@@ -241,7 +248,7 @@ class Worker:
 
     def take(self, run_id: str, epoch: int) -> None:
         """Execute a run that is this worker's since `epoch`."""
-        task = asyncio.create_task(self._carry(run_id, epoch), name=f"run {run_id}")
+        task = asyncio.create_task(self._hold(run_id, epoch), name=f"run {run_id}")
         self._tasks[run_id] = task
         task.add_done_callback(partial(self._forget, run_id))
 
@@ -273,9 +280,40 @@ class Worker:
             del self._tasks[run_id]
             self._store.forget(run_id)
         if not task.cancelled() and (error := task.exception()):
-            logger.error("Run %s was dropped: %s", run_id, error, exc_info=error)
+            logger.error("Run %s was not given back: %s", run_id, error, exc_info=error)
 
     # --- one run ---
+
+    async def _hold(self, run_id: str, epoch: int) -> None:
+        """Carry a run, and give it back whatever comes of that: nobody claims a run whose owner lives."""
+        try:
+            await self._carry(run_id, epoch)
+            self._drops.pop(run_id, None)
+        except Exception as error:  # the boundary of one run: what it raises must not leave it without anybody
+            logger.error("Run %s was dropped: %s", run_id, error, exc_info=error)
+            drops = self._drops[run_id] = self._drops.get(run_id, 0) + 1
+            await self._pause(drops)
+            await self._give_back(run_id, epoch, f"it was dropped: {type(error).__name__}: {error}"[:500])
+
+    async def _give_back(self, run_id: str, epoch: int, reason: str, *, insist: bool = True) -> None:
+        """Release a run, however often the journal can't be written; only once if the worker is about to leave."""
+        for tries in count(1):
+            try:
+                await self._store.append(run_id, ev.RunReleased(reason=reason), epoch=epoch)
+                break
+            except StoreError:
+                if self._stopping.is_set() or not insist:
+                    return
+                await self._pause(tries)
+            except FlowError:  # somebody else has it, or has let go of it
+                return
+        self._announce(run_id)
+
+    async def _pause(self, times: int) -> None:
+        """Wait before something is done again that has failed so often, unless the worker is to stop."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(LONGEST_AGAIN_SECONDS, AGAIN_SECONDS * 2 ** min(times, 20))):
+                await self._stopping.wait()
 
     async def _carry(self, run_id: str, epoch: int) -> None:
         """Execute a claimed run until it ends, fails, or is given back."""
@@ -315,6 +353,9 @@ class Worker:
             self._attempts[run_id] = attempt
             try:
                 outcome = await attempt.execute()
+            except Exception:
+                await attempt.detach()
+                raise
             finally:
                 if self._attempts.get(run_id) is attempt:
                     del self._attempts[run_id]
@@ -363,9 +404,11 @@ class Worker:
                 await self._store.save_checkpoint(run.run_id, places, data, epoch)
         try:
             await self._store.append(run.run_id, ev.RunParked(), epoch=epoch)
-        except (IllegalEvent, LeaseLost):  # an answer or a hijack came first, and has the page
+        except FlowError as error:  # as a rule an answer or a hijack came first, and has the page
             if session:
                 await session.detach()
+            if not isinstance(error, IllegalEvent | LeaseLost):
+                raise
             if run.idle:
                 await self._append_quietly(run, ev.RunReleased(reason="it was not parked"), epoch)
             return
@@ -433,8 +476,7 @@ class Worker:
         for host in hosts.living(self._settings):
             for target_id in list(run.pages.values()):
                 with contextlib.suppress(FlowError):
-                    page = await attach(self._driver, host, target_id)
-                    await page.context.close()
+                    await close_context(self._driver, host, target_id)
                     await proxy.dismiss(host.endpoint, run.run_id)
                     break
         await self._append_quietly(run, ev.PageClosed())
@@ -471,18 +513,16 @@ class Worker:
         """Give every run back: steps in flight may end first."""
         reason = "the worker was told to stop" if self._stopping.is_set() else "the worker had nothing to do"
         await asyncio.gather(
-            *(self._release(attempt, reason) for attempt in list(self._attempts.values())), return_exceptions=True
+            *(self._release(attempt, reason, insist=False) for attempt in list(self._attempts.values())),
+            return_exceptions=True,
         )
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=10)
 
-    async def _release(self, attempt: Attempt, reason: str) -> None:
-        run_id = attempt.run.run_id
+    async def _release(self, attempt: Attempt, reason: str, *, insist: bool = True) -> None:
         await attempt.suspend(self._settings.grace)
         if attempt.run.owner == self.id and not attempt.run.ended:
-            with contextlib.suppress(FlowError):
-                await self._store.append(run_id, ev.RunReleased(reason=reason), epoch=attempt.run.epoch)
-            self._announce(run_id)
+            await self._give_back(attempt.run.run_id, attempt.run.epoch, reason, insist=insist)
 
     def _announce(self, run_id: str) -> None:
         presence.ring(self._settings, run_id)

@@ -25,11 +25,15 @@ add</button><p id=cookie>{cookie}</p>"""
 
 
 class Site:
-    """A page at every path, which shows its cookie; `/enter` sets one, `/file/<name>` is a download of that name."""
+    """A page at every path, which shows its cookie; `/enter` sets one, `/file/<name>` is a download of that name.
+
+    `/held/<name>` is one that does not end before the site does.
+    """
 
     def __init__(self) -> None:
         self.down: set[str] = set()
         """The paths that give no answer."""
+        self.ended = threading.Event()
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -41,10 +45,13 @@ class Site:
                 self.send_header("content-type", "text/html")
                 if self.path == "/enter":
                     self.send_header("set-cookie", "who=ada; path=/")
-                if self.path.startswith("/file/"):
-                    name = unquote(self.path.removeprefix("/file/"))
+                if self.path.startswith(("/file/", "/held/")):
+                    name = unquote(self.path[len("/file/") :])
                     self.send_header("content-disposition", f'attachment; filename="{name}"')
                 self.end_headers()
+                if self.path.startswith("/held/"):
+                    self.wfile.write(b"some of it")
+                    site.ended.wait()
                 with contextlib.suppress(BrokenPipeError):
                     self.wfile.write(PAGE.format(path=self.path, cookie=self.headers.get("cookie", "nobody")).encode())
 
@@ -60,6 +67,7 @@ class Site:
         with self._server as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             yield self
+            self.ended.set()
             server.shutdown()
 
 

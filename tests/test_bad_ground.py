@@ -16,13 +16,17 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+from harness import open_house
 
+from mcp_flow import commits
 from mcp_flow import events as ev
 from mcp_flow import store as store_module
 from mcp_flow.config import Settings
@@ -240,6 +244,59 @@ async def test_a_write_lock_that_its_dead_holder_left_is_free(settings: Settings
     fd = os.open(settings.home / "write.lock", os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(fd)
+
+
+@contextmanager
+def write_lock_held(settings: Settings) -> Iterator[None]:
+    """The journal can't be written: a process that is no worker has its lock."""
+    fd = os.open(settings.home / "write.lock", os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.pwrite(fd, f"{os.getpid()} server".ljust(64).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+async def test_runs_under_which_the_journal_is_locked_go_on_afterwards_and_nothing_of_them_has_failed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(commits, "HELD_TOO_LONG", 0.1)
+    async with open_house(settings) as house:
+        await house.working()
+        run_id = await house.start(
+            """
+            async def work(gate):
+                did(gate)
+                await until_open(gate)
+
+            @workflow
+            async def main(flow: Flow, once: bool) -> list:
+                await flow.step("before", did, "before")
+                try:
+                    await flow.step("work", work, "go", once=once)
+                except Exception as error:
+                    did(f"{type(error).__name__} passed for the step's own")
+                return [await flow.step("after", did, "after"), flow.attempt]
+            """,
+            {"once": False},
+        )
+        runs = [run_id, await house.again({"once": True})]
+        for run_id in runs:
+            await house.event(run_id, ev.StepStarted, lambda event: event.key == "work#1")
+        with write_lock_held(settings), anyio.fail_after(20):
+            house.open("go")
+            while caplog.text.count("was dropped: Process") < 2:
+                await house.bell.next_ring(0.01)
+        assert await house.finished(runs[0]) == ["after", 2]
+        request = await house.waiting(runs[1], "in-doubt")
+        assert "and its end was never recorded" in request.opened.prompt
+        await house.resume(runs[1], step="done")
+        assert await house.finished(runs[1]) == ["after", 2]
+        assert sorted(house.did()) == ["after", "after", "before", "before", "go", "go", "go"]
+        for run_id in runs:
+            assert await house.events(run_id, ev.StepFailed) == await house.events(run_id, ev.RunFailed) == []
+            await house.store.verify(run_id)
 
 
 # --- a damaged database ---

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -154,6 +157,16 @@ async def test_a_failed_run_keeps_its_page_and_a_picture_and_goes_on_in_it(
     assert await contexts(driver, house) == 0
 
 
+async def unused(house: House) -> None:
+    """Return once no process has a connection to the browser host."""
+    [host] = hosts.living(house.settings)
+    with anyio.fail_after(5), (Path(host.endpoint).parent / "clients").open() as clients:
+        while True:
+            with suppress(BlockingIOError):
+                return fcntl.flock(clients, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            await house.bell.next_ring(0.02)
+
+
 async def test_a_cancelled_run_closes_its_page_whether_it_runs_or_waits_without_a_worker(
     house: House, driver: Driver, site: str
 ) -> None:
@@ -178,6 +191,8 @@ async def test_a_cancelled_run_closes_its_page_whether_it_runs_or_waits_without_
     await house.control.cancel(waiting, AGENT, "enough")
     await house.event(waiting, ev.PageClosed)
     assert await contexts(driver, house) == 0
+    assert house.detached()
+    await unused(house)
 
 
 async def test_after_a_stop_the_page_is_rebuilt_with_its_cookies_and_restore_steps_run_again(

@@ -18,6 +18,7 @@ from mcp import Client
 from mcp_flow import config, presence
 from mcp_flow import events as ev
 from mcp_flow.browser.session import Driver
+from mcp_flow.pages import DOWNLOAD_LOST
 from mcp_flow.server import build
 
 pytestmark = pytest.mark.anyio
@@ -204,6 +205,37 @@ async def test_downloads_are_kept_under_safe_names_and_are_artifacts_when_the_ru
         assert artifact.sha256 == hashlib.sha256(content).hexdigest()
         assert artifact.size == len(content) > 0
     assert len(await observed(house, run_id, "download")) == len(HOSTILE)
+
+
+async def test_a_download_whose_worker_is_killed_is_named_as_lost_to_whoever_reads_the_run(
+    house: House, client: Client, site: Site
+) -> None:
+    run_id = await house.start(
+        """
+        async def fetch(page):
+            async with page.expect_download():
+                await page.evaluate("location.href = '/held/tea.csv'")
+
+        @workflow
+        async def main(flow: Flow, site: str) -> int:
+            page = await flow.page()
+            await flow.step("open", page.goto, site)
+            await flow.step("fetch", fetch, page)
+            await flow.step("hold", until_open, "go")
+            return flow.attempt
+        """,
+        {"site": site.url},
+    )
+    await house.event(run_id, ev.StepStarted, lambda event: event.key == "hold#1")
+    await house.event(run_id, ev.PageObserved, lambda event: event.what == "download-started")
+    await house.kill()
+    house.open("go")
+    await house.control.keep_awake()
+    assert await house.finished(run_id) == 2
+    begun = {"url": f"{site.url}/held/tea.csv", "suggested": "tea.csv"}
+    assert await observed(house, run_id, "download") == [begun | {"error": DOWNLOAD_LOST}]
+    seen = (await call(client, "get_run", run_id=run_id, since=0))["events"]
+    assert DOWNLOAD_LOST in str(seen)
 
 
 async def test_a_popup_is_listed_can_be_looked_at_and_is_the_workflows_after_its_worker_was_killed(

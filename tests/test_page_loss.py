@@ -250,6 +250,10 @@ async def test_a_run_that_nobody_executes_is_rebuilt_once_it_is_answered(
     assert (view["status"], view["page"]["url"]) == ("waiting-approval", f"{site.url}/cart")
     assert view["page"]["gone"]
     await house.working()
+    other = await house.again({"site": site.url})
+    await house.waiting(other, "waiting-approval")
+    pages = [(await call(client, "get_run", run_id=each))["page"] for each in (run_id, other)]
+    assert ["gone" in page for page in pages] == [True, False]  # another browser does not have it
     await house.approve(request)
     assert await house.finished(run_id) == [*AT_THE_CART, 2]
     assert await attachments(house, run_id) == ["restored"]
@@ -393,6 +397,53 @@ async def test_a_checkpoint_amid_a_step_keeps_no_place_that_only_this_step_has_r
     await house.approve((await house.control.run(run_id)).requests[opened.request_id])
     assert await house.finished(run_id) == AT_THE_CART
     assert house.did() == ["sign in", "wander at cart", "wandered", "sign in", "wander at cart"]
+
+
+async def test_a_branch_that_rebuilds_its_page_does_not_wait_and_its_question_stays(house: House, site: Site) -> None:
+    run_id = await start(
+        house,
+        site,
+        """
+    async def sign_in():
+        did("sign in")
+        if len((HERE / "did").read_text().splitlines()) in (2, 3):
+            await asyncio.Event().wait()
+
+    @workflow
+    async def main(flow: Flow, site: str) -> list:
+        async def approve():
+            return bool(await flow.approve("Go?"))
+
+        async def buy():
+            page = await flow.page()
+            await flow.step("open", page.goto, site + "/shop")
+            await flow.step("sign in", sign_in, restore=True, timeout=0.3, retries=1, backoff=0.01)
+            return await flow.ask("What?", str)
+
+        async def wait():
+            await flow.pause("not yet")
+
+        return await asyncio.gather(approve(), buy(), wait())
+    """,
+    )
+    await house.event(run_id, ev.AttemptIdled)
+    opened = [request.opened for request in (await house.until(run_id, "waiting-approval")).open_requests()]
+    ids = {request.prompt: request.request_id for request in opened}
+    await kill_host(house)
+    await house.event(run_id, ev.RunReleased)
+    await house.resume(run_id, request_id=ids["not yet"])
+    error = (await house.until(run_id, "failed")).error
+    assert error
+    assert (error.type, error.step) == ("StepTimeout", "sign in")
+    assert await house.events(run_id, ev.RequestWithdrawn) == []
+
+    await house.resume(run_id)
+    await did(house, *["sign in"] * 4)
+    await house.approve((await house.control.run(run_id)).requests[ids["Go?"]])
+    await house.resume(run_id, request_id=ids["What?"], value="tea")
+    assert await house.finished(run_id) == [True, "tea", None]
+    assert house.did() == ["sign in"] * 4
+    assert len(await house.events(run_id, ev.RequestOpened)) == 3
 
 
 async def test_a_page_that_can_not_be_rebuilt_fails_the_run_and_keeps_what_rebuilds_it(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -51,6 +52,11 @@ class HostInfo:
     browser: str
     version: str
     """Playwright's version; clients must have the same major and minor."""
+
+    @property
+    def identity(self) -> str:
+        """What tells this host from all others, without its place on this machine."""
+        return identity(self.endpoint)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,11 @@ class _Place:
             return HostInfo(**json.loads(self.info.read_text()))
         except FileNotFoundError:
             return None
+
+
+def identity(endpoint: str) -> str:
+    """`HostInfo.identity` of the host at `endpoint`, whose name no other host ever has."""
+    return hashlib.sha256(endpoint.encode()).hexdigest()[:12]
 
 
 async def ensure(settings: Settings, *, headless: bool = True) -> HostInfo:

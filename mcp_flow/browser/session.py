@@ -285,6 +285,11 @@ class Session:
         except (Error, TimeoutError) as error:
             raise self._lost(error) from error
 
+    @property
+    def host(self) -> str:
+        """What tells the host of the pages from others."""
+        return hosts.identity(self._endpoint)
+
     async def records(self) -> list[PageRecord]:
         """What finds the named pages again."""
         return [PageRecord(name, await self._id(page)) for name, page in list(self.pages.items())]
@@ -583,6 +588,7 @@ class Session:
 
     async def _save(self, download: Download) -> None:
         about: dict[str, Any] = {"url": download.url, "suggested": download.suggested_filename}
+        self._on_event("download-started", about)
         try:
             folder = config.private_folder(self._folder / "downloads")
             with _reserved(folder, download.suggested_filename) as path:
@@ -648,6 +654,14 @@ async def attach(driver: Driver, host: HostInfo, target_id: str) -> Page:
     except BaseException:
         await _wind_up(browser.close(), CLOSE_SECONDS)
         raise
+
+
+async def close_context(driver: Driver, host: HostInfo, target_id: str) -> None:
+    """Close the context that holds the page with this target id, and the connection for that. Raises `PageGone`."""
+    page = await attach(driver, host, target_id)
+    await _wind_up(page.context.close(), CLOSE_SECONDS)
+    if browser := page.context.browser:
+        await _wind_up(browser.close(), CLOSE_SECONDS)
 
 
 async def sweep(driver: Driver, host: HostInfo, keep: Collection[str]) -> int:

@@ -279,8 +279,10 @@ async def test_a_download_is_saved_under_a_safe_name(
     saved: set[str] = set()
     for _ in range(2):
         await page.evaluate("location.href = '/file'")
-        await until(lambda: events)
+        await until(lambda: len(events) == 2)
+        assert events[0] == ("download-started", {"url": f"{site}/file", "suggested": events[0][1]["suggested"]})
         kind, about = events.pop()
+        events.clear()
         path = anyio.Path(about["path"])
         assert kind == "download"
         assert Path(path.parent) == tmp_path / "run" / "downloads"
