@@ -139,7 +139,14 @@ class PageGone(FlowError):
 
 
 class EvaluationError(FlowError):
-    """Code evaluated in a page failed, ran too long or tried to change the page in `read` mode."""
+    """Code evaluated in a page failed, ran too long or tried to change the page in `read` mode.
+
+    `shown_code` is the code without what is secret on the page.
+    """
+
+    def __init__(self, message: str, shown_code: str = "") -> None:
+        self.shown_code = shown_code
+        super().__init__(message)
 
 
 class ActionFailed(FlowError):

@@ -11,7 +11,7 @@ from mcp.server.mcpserver import Context
 from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field
 
-from mcp_flow.errors import FlowError, NotAllowed
+from mcp_flow.errors import EvaluationError, FlowError, NotAllowed
 from mcp_flow.secrets import masked
 from mcp_flow.tools import state
 from mcp_flow.tools.register import answer
@@ -101,9 +101,10 @@ async def exec_js(
                 secrets=secrets.values(),
             )
     except FlowError as error:
-        await app.control.note_evaluation(run_id, AGENT, code, mode, f"{type(error).__name__}: {error}")
+        shown = error.shown_code if isinstance(error, EvaluationError) else code
+        await app.control.note_evaluation(run_id, AGENT, shown, mode, f"{type(error).__name__}: {error}")
         raise
-    await app.control.note_evaluation(run_id, AGENT, code, mode, result.type)
+    await app.control.note_evaluation(run_id, AGENT, result.shown_code, mode, result.type)
     view = {
         "run_id": run_id,
         "status": run.status,
