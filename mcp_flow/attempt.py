@@ -40,8 +40,9 @@ from mcp_flow.errors import (
     StepResultError,
     StoreError,
 )
-from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe
+from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe, told
 from mcp_flow.flow import Flow, StepOptions, shape_of
+from mcp_flow.page.guard import Secrets as FieldSecrets
 from mcp_flow.pages import Pages
 from mcp_flow.run import Request, Run, Step, takes
 from mcp_flow.secrets import Secrets, masked, reveal, secret_places
@@ -59,6 +60,8 @@ SETTLE = 0.05
 """How long nothing may happen before several branches count as waiting."""
 UNSEEN = frozenset({"timer", "event", "takeover"})
 """The requests for whose opening no record of the page is kept."""
+_QUOTING = frozenset({"dialog", "download", "popup", "not-reached"})
+"""What the browser does by itself that is told in words or addresses of the page: it may say what was typed."""
 DOWNLOAD_SECONDS = 1.0
 """How long a wait is put off for downloads under way, so that whoever looks finds them."""
 
@@ -130,6 +133,8 @@ class Attempt:
         self._reached: set[str] = set()
         self._changed: list[str] = []
         self._secrets = Secrets(settings.home)
+        self._fields = FieldSecrets()
+        self._noting = asyncio.Lock()
         self._root: asyncio.Task[Any] | None = None
         self._gate = asyncio.Event()
         self._gate.set()
@@ -170,6 +175,7 @@ class Attempt:
         """
         try:
             await self._append(ev.AttemptStarted(attempt=self.number, revision=self.run.revision))
+            self._secrets.learn()
             await self._learn_secrets()
             self.refresh()
             self._root = asyncio.create_task(self._call(), name=f"{self.run.run_id} attempt {self.number}")
@@ -249,7 +255,7 @@ class Attempt:
 
     async def _fail(self, error: BaseException) -> None:
         await self.pages.explain(error)
-        failure = describe(error, None, self._source_line, self._secrets.mask)
+        failure = await self._described(error, None)
         await self._settle_pages(self.settings.grace)
         artifacts = await self._keep_evidence(f"failure-{self.run.attempt}")
         failure = failure.model_copy(update={"artifacts": artifacts})
@@ -431,8 +437,8 @@ class Attempt:
                 await self._enter(f"flow.step({name!r})", name)
             elif options.once and not isinstance(error, Retriable):
                 since = self.run.steps[key].started_at
-                why = f"it started at {since} and raised {type(error).__name__}: {error}"
-                why = self._secrets.mask(why)[:LONGEST_MESSAGE]
+                why = f"it started at {since} and raised {type(error).__name__}: {told(error)}"
+                why = self._mask(why)[:LONGEST_MESSAGE]
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
                 if settled:
                     return value
@@ -449,7 +455,7 @@ class Attempt:
     async def _ask_for_help(self, name: str, key: str, error: Retriable) -> None:
         """Stop at a step that may be tried again, until somebody says so; with a form, if it wants a value."""
         shape = shape_of(error.ask) if error.ask is not None else None
-        prompt = self._secrets.mask(f"Step {name!r} failed and can be tried again: {error}")[:LONGEST_MESSAGE]
+        prompt = self._mask(f"Step {name!r} failed and can be tried again: {told(error)}")[:LONGEST_MESSAGE]
         await self._wait_for(
             f"{key}!",
             "input" if shape else "pause",
@@ -521,7 +527,7 @@ class Attempt:
                 key=key,
                 generation=generation,
                 number=started.number,
-                error=describe(error, name, self._source_line, self._secrets.mask),
+                error=await self._described(error, name),
                 effect_free=effect_free,
                 retry_in=retry_in,
             )
@@ -900,7 +906,7 @@ class Attempt:
         await self._enter()
         key = self._key(f"log {message}")
         if key not in self.run.remarks:
-            text = self._secrets.mask(message)[:LONGEST_MESSAGE]
+            text = self._mask(message)[:LONGEST_MESSAGE]
             await self._append(ev.Logged(key=key, message=text, level=level))
 
     @_by_flow
@@ -909,7 +915,7 @@ class Attempt:
         await self._enter()
         key = self._key(f"progress {done:g} {total} {message}")
         if key not in self.run.remarks:
-            text = self._secrets.mask(message)[:LONGEST_MESSAGE] if message else None
+            text = self._mask(message)[:LONGEST_MESSAGE] if message else None
             await self._append(ev.ProgressReported(key=key, done=done, total=total, message=text))
 
     @_by_flow
@@ -947,6 +953,19 @@ class Attempt:
         for reference, value in self._answers.items():
             self._secrets.know(reference, value)
 
+    async def _learn_fields(self) -> None:
+        """Take in what the secret fields of the pages hold, as far as the pages tell, and mask it from now on."""
+        self._fields = self._fields | await self.pages.secrets()
+
+    def _mask(self, text: str) -> str:
+        """`text` without what is secret, as far as that is known."""
+        return self._fields.hide(self._secrets.mask(text))
+
+    async def _described(self, error: BaseException, step: str | None) -> ev.Failure:
+        """An error as the journal keeps it: it may quote what was typed, and what a page shows of that."""
+        await self._learn_fields()
+        return describe(error, step, self._source_line, self._mask)
+
     # --- the page ---
 
     @_by_flow
@@ -964,19 +983,7 @@ class Attempt:
         if self._closed and what not in ("dialog", "download"):
             return
         name = details.get("name")
-        shown = {word: self._secrets.mask(str(value))[:LONGEST_MESSAGE] for word, value in details.items() if value}
-        observed = ev.PageObserved(what=what, details=shown)
-        match what:
-            case "popup":
-                opened = ev.PageOpened(name=details["name"], target_id=details["target_id"])
-                noting = self._observe(opened, observed, epoch=self._epoch)
-            case "page-closed" | "page-crashed" if name is not None:
-                noting = self._observe(ev.PageClosed(name=name), observed)
-            case "download" if "path" in details:
-                noting = self._keep_download(Path(details["path"]), observed)
-            case _:
-                noting = self._observe(observed)
-        task = asyncio.create_task(noting)
+        task = asyncio.create_task(self._note_page_event(what, details))
         self._observing.add(task)
         task.add_done_callback(self._observing.discard)
         if what == "browser-gone":
@@ -987,6 +994,23 @@ class Attempt:
             # The code stands still, so it was somebody else; closed by the workflow itself it stays closed, and a
             # popup that closes has done its work.
             self._spawn(self._lose_closed(f"the page {name!r} was closed while the run waited"))
+
+    async def _note_page_event(self, what: str, details: dict[str, Any]) -> None:
+        async with self._noting:  # in which they came
+            if what in _QUOTING:
+                await self._learn_fields()
+            shown = {word: self._mask(str(value))[:LONGEST_MESSAGE] for word, value in details.items() if value}
+            observed = ev.PageObserved(what=what, details=shown)
+            match what:
+                case "popup":
+                    opened = ev.PageOpened(name=details["name"], target_id=details["target_id"])
+                    await self._observe(opened, observed, epoch=self._epoch)
+                case "page-closed" | "page-crashed" if details.get("name") is not None:
+                    await self._observe(ev.PageClosed(name=details["name"]), observed)
+                case "download" if "path" in details:
+                    await self._keep_download(Path(details["path"]), observed)
+                case _:
+                    await self._observe(observed)
 
     async def _lose_closed(self, what: str) -> None:
         # Where the browser ends, its pages close a moment before that is known.
@@ -1012,7 +1036,7 @@ class Attempt:
 
     async def _keep_evidence(self, moment: str) -> list[str]:
         """A picture and a record of the page at the moment when the run fails or stops, as far as there is a page."""
-        image, text = await asyncio.gather(self.pages.screenshot(), self.pages.record(self._secrets.known.values()))
+        image, text = await self.pages.evidence([*self._secrets.known.values(), *self._fields.values])
         kept = []
         with suppress(OSError):  # evidence must not hide the failure that it is about
             if image:

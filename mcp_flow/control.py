@@ -53,7 +53,7 @@ from mcp_flow.errors import (
 from mcp_flow.leases import Leases
 from mcp_flow.revisions import Revision, capture, diff, entry_of, write
 from mcp_flow.run import Run, step_of, takes
-from mcp_flow.secrets import masked, secret_places
+from mcp_flow.secrets import Secrets, hide_cards, masked, secret_places
 from mcp_flow.store import RequestRow, RunRow, Store
 
 OnChange = Literal["accept", "refuse"]
@@ -647,7 +647,13 @@ class Control:
     async def note_evaluation(
         self, run_id: str, channel: Channel, code: str, mode: Literal["read", "write"], outcome: str
     ) -> None:
-        """Journal that code was evaluated in the run's page."""
+        """Journal that code was evaluated in the run's page.
+
+        What is secret on the page is to be hidden in it already, secrets of the home folder and the run are here.
+        """
+        known = Secrets(self._settings.home).values() | await self._store.secret_answers(run_id)
+        # Before the cut: the beginning of a secret would not be known for one.
+        code, outcome = (hide_cards(masked(text, known)) for text in (code, outcome))
         event = ev.PageEvaluated(code=code[:2000], mode=mode, outcome=outcome[:500], by=channel.by)
         with contextlib.suppress(FlowError):  # a remark must not fail what it remarks on
             await self._store.append(run_id, event)

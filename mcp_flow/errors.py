@@ -147,7 +147,14 @@ class PageRefusal(FlowError):
 
 
 class EvaluationError(PageRefusal):
-    """Code evaluated in a page failed, ran too long or tried to change the page in `read` mode."""
+    """Code evaluated in a page failed, ran too long or tried to change the page in `read` mode.
+
+    `shown_code` is the code without what is secret on the page.
+    """
+
+    def __init__(self, message: str, quoted: str = "", shown_code: str = "") -> None:
+        super().__init__(message, quoted)
+        self.shown_code = shown_code
 
 
 class ActionFailed(PageRefusal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from mcp_flow.errors import Denied, InvalidInput
 from mcp_flow.events import Failure
 
 LONGEST_MESSAGE = 4000
+_TYPED = re.compile(r'\b(fill|type|press)\("(?:(?!\n +(?:-|\d+ \u00d7) ).)*"\)', re.DOTALL)
+"""How Playwright's log of an action quotes what it was given to type, which may be anything and is not escaped."""
 SourceLine = Callable[[str, int], str | None]
 
 
@@ -27,11 +30,21 @@ def describe(error: BaseException, step: str | None, source_line: SourceLine, ma
     Of several errors of a task group the first is told with its place, the others by name.
     """
     error, *others = _leaves(error)
-    said = "\n".join([str(error), *getattr(error, "__notes__", ())])
-    text = "".join([said, *(f"; and {_type_name(other)}: {other}" for other in others)])
+    said = "\n".join([told(error), *getattr(error, "__notes__", ())])
+    text = "".join([said, *(f"; and {_type_name(other)}: {told(other)}" for other in others)])
     message = mask(text)[:LONGEST_MESSAGE] or type(error).__name__
     step = step or getattr(error, "mcp_flow_step", None)
     return Failure(type=_type_name(error), message=message, step=step, **_place(error, source_line))
+
+
+def told(error: BaseException) -> str:
+    """What an error says, without what Playwright was given to type."""
+    return untyped(str(error))
+
+
+def untyped(text: str) -> str:
+    """`text` without what a log of Playwright quotes as typed, which may have been a password."""
+    return _TYPED.sub(r'\1("…")', text)
 
 
 def _place(error: BaseException, source_line: SourceLine) -> dict[str, Any]:

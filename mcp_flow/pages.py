@@ -14,15 +14,13 @@ from playwright.async_api import Error, Page
 from mcp_flow import events as ev
 from mcp_flow.browser.session import Checkpoint, Session
 from mcp_flow.errors import FlowError, PageGone, StoreError
-from mcp_flow.page.guard import aside
-from mcp_flow.page.snapshot import record
+from mcp_flow.page.guard import Secrets, read_secrets_soon
+from mcp_flow.page.snapshot import evidence
 from mcp_flow.run import Run
-from mcp_flow.secrets import SECRET_FIELDS
 from mcp_flow.store import Store
 
 TITLE_SECONDS = 1.0
 """How long a stop waits for a page's title."""
-SCREENSHOT_MS = 5000
 DOWNLOAD_LOST = "it was under way when its worker ended, and is lost; what began it has to be done again"
 KEEPING_SHARE = 0.1
 """The part of the time that may go into keeping what a context stores while steps follow each other."""
@@ -172,25 +170,23 @@ class Pages:
         if self._keeping is None or self._keeping.done():
             self._keeping = asyncio.create_task(self._keep())
 
-    async def screenshot(self) -> bytes | None:
-        """The main page as it looks now, secret fields masked; None where there is nothing to see."""
-        page = self.session.pages.get("main") if self.session else None
-        if page is None or page.is_closed():
-            return None
-        with suppress(Exception):  # a page that hangs or is gone has no picture
-            masks = [frame.locator(SECRET_FIELDS) for frame in page.frames]
-            # Beside the workflow, whose own calls a hijack holds.
-            return await aside(page, lambda: page.screenshot(timeout=SCREENSHOT_MS, mask=masks))
-        return None
+    async def secrets(self) -> Secrets:
+        """What the secret fields hold of the pages that say so within a second."""
+        with suppress(Exception):  # what is asked for beside an error must not become another
+            return await read_secrets_soon(list(self.session.pages.values()) if self.session else [])
+        return Secrets()
 
-    async def record(self, secrets: Iterable[str]) -> str | None:
-        """What the main page shows and has logged, as text; None where there is nothing to see."""
+    async def evidence(self, secrets: Iterable[str]) -> tuple[bytes | None, str | None]:
+        """The main page as it looks now, and what it shows and has logged as text; None where there is nothing to see.
+
+        Secret fields and the `secrets` are hidden in both.
+        """
         page = self.session.pages.get("main") if self.session else None
         if page is None or page.is_closed():
-            return None
-        with suppress(Exception):  # a page that hangs or is gone has nothing to tell
-            return await record(page, secrets=secrets)
-        return None
+            return None, None
+        with suppress(Exception):  # a page that hangs or is gone has nothing to show
+            return await evidence(page, secrets=secrets)
+        return None, None
 
     async def detach(self) -> None:
         """Close the connection; the pages stay."""

@@ -14,25 +14,91 @@ from urllib.parse import quote, quote_plus
 
 from mcp_flow.errors import StepError
 
-SECRET_FIELDS = ", ".join(
-    ["input[type=password]"]
-    + [
-        f'{tag}[autocomplete~="{word}" i]'
-        for word in ("cc-number", "cc-csc", "one-time-code", "current-password", "new-password")
-        for tag in ("input", "textarea")
-    ]
+_AUTOCOMPLETE = ("cc-number", "cc-csc", "one-time-code", "current-password", "new-password")
+_PHRASES = (
+    ("card", "num"),
+    ("cc", "num"),
+    ("security", "code"),
+    ("verification", "code"),
+    ("authentication", "code"),
+    ("sms", "code"),
+    ("one", "time", "code"),
+    ("one", "time", "pass"),
+    ("one-time", "code"),
+    ("one-time", "pass"),
+    ("two", "factor"),
 )
-"""The fields of a page whose values nobody is shown, as a CSS selector."""
+"""What names a secret field wherever it stands, its words written together or parted by `-`, `_` or a space."""
+_PARTS = ("cvc", "cvv", "totp", "passcode", "passphrase", "passwd")
+"""The same in one word, which is part of no other."""
+_WORDS = ("otp", "pin", "csc", "mfa", "2fa")
+"""Part of many others, such as "shipping" and "hotplate": only where they stand alone."""
+_NEVER_TYPED = (
+    "button checkbox color date datetime-local email file hidden image month radio range reset submit time week".split()  # noqa: SIM905
+)
+
+
+def _marks() -> Iterator[str]:
+    """How the attributes of a field say that it is for a secret, as CSS selectors."""
+    yield from (f'[autocomplete~="{word}" i]' for word in _AUTOCOMPLETE)
+    parts = [*_PARTS, *(parting.join(words) for words in _PHRASES for parting in ("", "-", "_", " "))]
+    for attribute in ("name", "id", "aria-label", "placeholder"):
+        yield from (f'[{attribute}*="{part}" i]' for part in parts)
+        yield from (f'[{attribute}="{word}" i]' for word in (*_WORDS, "pwd", "pw"))
+    for attribute in ("name", "id"):
+        yield from (f'[{attribute}*="{part}" i]' for part in ("password", "pincode"))
+        yield from (f'[{attribute}{at}" i]' for word in _WORDS for at in _standing_alone(word))
+        # In camelCase, which has no other borders.
+        yield from (f'[{attribute}{at}"]' for at in ('*="Otp', '$="Pin', '*="PinCode', '$="Pwd', '$="Csc'))
+        yield f'[{attribute}^="otp" i]'
+    for attribute in ("aria-label", "placeholder"):
+        yield f'[{attribute}$="password" i]'
+        yield from (f'[{attribute}{at}" i]' for word in _WORDS for at in (f'$=" {word}', f'^="{word} code'))
+
+
+def _standing_alone(word: str) -> Iterator[str]:
+    for parting in "-_":
+        yield from (f'^="{word}{parting}', f'$="{parting}{word}', f'*="{parting}{word}{parting}')
+
+
+def _secret_fields() -> str:
+    marks = ", ".join(_marks())
+    typed = ", ".join(f"[type={kind}]" for kind in _NEVER_TYPED)
+    # `:is` by a name that Playwright leaves to the browser: its own tries hundreds of selectors on each field.
+    return f"input[type=password], input:not({typed}):-webkit-any({marks}), textarea:-webkit-any({marks})"
+
+
+SECRET_FIELDS = _secret_fields()
+"""The fields of a page whose values nobody is shown, as a CSS selector: for passwords, card numbers, their codes,
+one-time codes and PINs, as their type, `autocomplete` or what they are named says."""
 HIDDEN = "[hidden]"
 _DEEPEST = 12
 _SHORTEST_MASKED = 4
 """Shorter values occur within words and numbers by chance; they count where they stand alone in a text."""
 _SHORTEST = 2
 """A single character stands alone everywhere; masking it would only tell what it is."""
+_SHORTEST_SURE = 8
+"""A value of this length is no other's by chance: where it stands, the secret stands, asked for or not."""
+_CARD = re.compile(
+    r"[0-9](?<![0-9]{2})(?<![0-9]\.[0-9])"
+    r"(?:[0-9]{12,18}|[0-9]{3}([ \xa0-])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|[0-9]{6}\1[0-9]{4,5}))"
+    r"(?![0-9]|\.[0-9])"
+)
+"""What may be a card number: 13 to 19 digits, in one or in the groups in which they are usually written."""
+_ISSUERS = (
+    (r"4", (13, 16, 19)),  # Visa
+    (r"5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720", (16,)),  # Mastercard
+    (r"3[47]", (15,)),  # American Express
+    (r"30[0-5]|3[689]", range(14, 20)),  # Diners Club
+    (r"6011|64[4-9]|65|62|352[89]|35[3-8]|220[0-4]", range(16, 20)),  # Discover, UnionPay, JCB, Mir
+    (r"5018|5020|5038|5893|6304|6759|676[1-3]", range(13, 20)),  # Maestro
+)
+"""How the numbers of an issuer's cards begin, and of how many digits they are."""
 
 
 Place = tuple[str, ...]
 REFERENCE = "$secret"
+_VARIABLE = "MCP_FLOW_SECRET_"
 
 
 def secret_places(schema: Any) -> list[Place]:
@@ -116,6 +182,25 @@ def masked(text: str, known: Mapping[str, str]) -> str:
     return text
 
 
+def hide_cards(text: str) -> str:
+    """`text` with every card number in it hidden: what an issuer may have given out, its check digit right."""
+    shown, done, at = "", 0, 0
+    while found := _CARD.search(text, at):
+        at = found.start() + 1  # should this be none, one may begin in its later groups
+        if is_card(re.sub(r"\D", "", found[0])):
+            shown += text[done : found.start()] + HIDDEN
+            done = at = found.end()
+    return shown + text[done:] if done else text
+
+
+def is_card(digits: str) -> bool:
+    """Whether these are the digits of a card number, by its issuer, length and check digit."""
+    if not any(len(digits) in lengths and re.match(begin, digits) for begin, lengths in _ISSUERS):
+        return False
+    doubled = [int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits))]
+    return sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
+
+
 def masked_in(value: Any, known: Mapping[str, str]) -> Any:
     """A JSON value with all its texts `masked`."""
     match value:
@@ -169,28 +254,36 @@ def _forms(value: str) -> tuple[str, ...]:
 
 
 class Secrets:
-    """The secrets of a home folder; what was asked for is masked from then on."""
+    """The secrets of a home folder; what was asked for or learned is masked from then on."""
 
     def __init__(self, home: Path) -> None:
         self._file = home / "secrets.toml"
         self._known: dict[str, str] = {}
+        self._asked: set[str] = set()
 
     def get(self, name: str) -> str:
         """The value of a secret; raises `StepError` when there is none or its file is open to others."""
-        variable = "MCP_FLOW_SECRET_" + re.sub(r"\W", "_", name).upper()
+        variable = _VARIABLE + re.sub(r"\W", "_", name).upper()
         value = os.environ.get(variable) or self._read().get(name)
         if not isinstance(value, str) or not value:
             raise StepError(f"There is no secret {name!r}: set {variable}, or put it into {self._file} (mode 0600).")
-        self._known[name] = value
+        self.know(name, value)
         return value
 
     def values(self) -> dict[str, str]:
-        """All secrets of this process and home folder by name, asked for or not: whoever shows a page hides them."""
-        stem = "MCP_FLOW_SECRET_"
-        environment = {name.removeprefix(stem): value for name, value in os.environ.items() if name.startswith(stem)}
-        kept = self._read() if os.access(self._file, os.R_OK) else {}
-        everything = environment | kept | self._known
-        return {name: value for name, value in everything.items() if isinstance(value, str) and value}
+        """All secrets of this process and home folder by name, asked for or not: whoever shows a page hides them.
+
+        Also those of a file that nobody may ask, because it is open to others.
+        """
+        everything = dict(self._known)
+        for name, value in (*_of_environment().items(), *self._found().items()):
+            if isinstance(value, str) and value and value not in everything.values():
+                everything[name if name not in everything else f"{name} in {self._file.name}"] = value
+        return everything
+
+    def learn(self) -> None:
+        """Mask all of `values` from now on."""
+        self._known = self.values()
 
     @property
     def known(self) -> dict[str, str]:
@@ -198,24 +291,40 @@ class Secrets:
         return dict(self._known)
 
     def know(self, name: str, value: str) -> None:
-        """Mask this value from now on, as that of the secret `name`."""
-        self._known[name] = value
+        """Mask this value from now on, as that of the secret `name`, which the run has."""
+        # Under the name that the run has it by, should it have been learned under another.
+        self._known = {name: value} | {other: held for other, held in self._known.items() if held != value}
+        self._asked.add(name)
 
     def mask(self, text: str) -> str:
         """`text` with every known secret's value replaced by its name."""
         return masked(text, self._known)
 
     def held_in(self, content: bytes) -> list[str]:
-        """The names of the known secrets whose value stands in `content`, however it is written; no short ones."""
+        """The names of the secrets whose value stands in `content`, however it is written.
+
+        One that the run has not asked for counts only where it is too long to stand there by chance.
+        """
         return [
             name
-            for name, value in self._known.items()
+            for name, value in self._sure().items()
             if any(form.encode("utf-8", "replace") in content for form in _forms(value))
         ]
 
     def held_in_json(self, text: str) -> list[str]:
         """The names of the known secrets whose value stands in a text of JSON."""
-        return names_in(json.loads(text), self._known) if self._known else []
+        return names_in(json.loads(text), sure) if (sure := self._sure()) else []
+
+    def _sure(self) -> dict[str, str]:
+        return {
+            name: value for name, value in self._known.items() if name in self._asked or len(value) >= _SHORTEST_SURE
+        }
+
+    def _found(self) -> dict[str, object]:
+        try:
+            return tomllib.loads(self._file.read_text())
+        except (OSError, ValueError):  # whoever asks for one of its secrets is told
+            return {}
 
     def _read(self) -> dict[str, object]:
         try:
@@ -228,3 +337,10 @@ class Secrets:
             return tomllib.loads(self._file.read_text())
         except tomllib.TOMLDecodeError as error:
             raise StepError(f"{self._file} is not TOML: {error}.") from error
+
+
+def _of_environment() -> dict[str, str]:
+    """The secrets of the environment, under the names by which workflows usually ask for them."""
+    return {
+        name.removeprefix(_VARIABLE).lower(): value for name, value in os.environ.items() if name.startswith(_VARIABLE)
+    }

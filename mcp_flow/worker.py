@@ -43,11 +43,13 @@ from mcp_flow.errors import (
     StoreError,
     WorkerCrashed,
 )
+from mcp_flow.failures import untyped
 from mcp_flow.leases import BLOCKED_SECONDS, Leases
 from mcp_flow.pages import look
 from mcp_flow.rails import Rails
 from mcp_flow.revisions import Revision, load, source_line
 from mcp_flow.run import Run
+from mcp_flow.secrets import Secrets, hide_cards
 from mcp_flow.store import Store
 
 logger = logging.getLogger(__name__)
@@ -632,11 +634,23 @@ def _lost(run: Run) -> str:
     )
 
 
+class _Masking(logging.Formatter):
+    """Log lines without secrets: what failed may quote them, a task that nobody awaits its author's page too."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._secrets = Secrets(settings.home)
+        super().__init__("%(asctime)s %(process)d %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        self._secrets.learn()
+        return untyped(hide_cards(self._secrets.mask(super().format(record))))
+
+
 def log_to_stderr(settings: Settings) -> None:
     """Send the process's log to stderr, as much as the settings ask for."""
-    logging.basicConfig(
-        level=settings.log.upper(), stream=sys.stderr, format="%(asctime)s %(process)d %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Masking(settings))
+    logging.basicConfig(level=settings.log.upper(), handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 

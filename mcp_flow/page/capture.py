@@ -10,9 +10,20 @@ from typing import Any
 from playwright.async_api import ConsoleMessage, Frame, Page
 from playwright.async_api import Error as PlaywrightError
 
-from mcp_flow.page.guard import HIDDEN, SHORTEST_REPLACED, Secrets, aside, clean, normal, reaching, shown_url
+from mcp_flow.page.guard import (
+    HELD,
+    HIDDEN,
+    SHORTEST_REPLACED,
+    Secrets,
+    aside,
+    clean,
+    is_secret_field,
+    normal,
+    reaching,
+    shown_url,
+)
 from mcp_flow.page.tree import Line, parse
-from mcp_flow.secrets import SECRET_FIELDS
+from mcp_flow.secrets import SECRET_FIELDS, hide_cards
 
 SECONDS = 10.0
 """How long a page may take to be read."""
@@ -33,15 +44,10 @@ _UNASKED = "/favicon.ico"
 # What one frame tells of itself in one round trip; null where the page has broken what this needs.
 _PROBE = """selector => {
   try {
-    const held = [];
-    const search = root => {
-      for (const field of root.querySelectorAll(selector)) held.push(String(field.value));
-      for (const element of root.querySelectorAll('*')) if (element.shadowRoot) search(element.shadowRoot);
-    };
-    search(document);
+    const held = HELD;
     const [navigation] = performance.getEntriesByType('navigation');
     return {
-      held,
+      held: held(selector),
       title: String(document.title),
       document: String(performance.timeOrigin),
       status: Number(navigation?.responseStatus) || 0,
@@ -49,7 +55,7 @@ _PROBE = """selector => {
   } catch {
     return null;
   }
-}"""
+}""".replace("HELD", HELD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,6 @@ async def _captured(page: Page, known: Secrets, screenshot: bool, *, last: bool)
         for _ in range(_TURNS):
             await asyncio.sleep(0)
         lines = parse(snapshot, _clean)
-        picture = await _picture(page) if screenshot else None
         after = await asking
     finally:
         asking.cancel()
@@ -112,8 +117,9 @@ async def _captured(page: Page, known: Secrets, screenshot: bool, *, last: bool)
     secrets = known | before.secrets | after.secrets
     settled = before.whole and after.whole and before.secrets.values == after.secrets.values
     lines = await _hide_fields(page, lines, secrets, settled)
-    if secrets.pattern:
+    if secrets.pattern or hide_cards(snapshot) is not snapshot:
         lines = [_hidden(line, secrets) for line in lines]
+    picture = await _picture(page, lines) if screenshot else None
     logged = [message for message in console if message.type == "error"]
     failed = [message for message in logged if message.text.startswith(_FAILED_LOAD)]
     tail = [message for message in console if not message.text.startswith(_FAILED_LOAD)][-_TAIL:]
@@ -219,7 +225,7 @@ async def _hide_fields(page: Page, lines: list[Line], secrets: Secrets, settled:
         if secrets.hold(text := lines[index].text or "") and len(normal(text)) >= SHORTEST_REPLACED
     }
     asked = [ref for ref in dict.fromkeys(suspects.values()) if ref not in sure]
-    found = await asyncio.gather(*(_is_secret(page, ref) for ref in asked))
+    found = await asyncio.gather(*(is_secret_field(page, page.get_by_ref(ref)) for ref in asked))
     secret = sure | {ref for ref, is_secret in zip(asked, found, strict=True) if is_secret}
     shown = list(lines)
     for index, ref in suspects.items():
@@ -228,17 +234,8 @@ async def _hide_fields(page: Page, lines: list[Line], secrets: Secrets, settled:
     return shown
 
 
-async def _is_secret(page: Page, ref: str) -> bool:
-    """Whether the element is a secret field; one that is gone may have been."""
-    field = page.get_by_ref(ref)
-    try:
-        if await aside(page, field.and_(page.locator(SECRET_FIELDS)).count):
-            return True
-        return await aside(page, field.count) == 0
-    except PlaywrightError:
-        return True
-
-
-async def _picture(page: Page) -> bytes:
-    masks = [frame.locator(SECRET_FIELDS) for frame in page.frames]
-    return await aside(page, lambda: page.screenshot(mask=masks, timeout=SECONDS * 1000))
+async def _picture(page: Page, lines: Iterable[Line]) -> bytes:
+    """The page as an image, in which its secret fields are covered, and whatever else is hidden in the lines."""
+    fields = [frame.locator(SECRET_FIELDS) for frame in page.frames]
+    hidden = [page.get_by_ref(line.ref) for line in lines if line.ref and line.text and HIDDEN in line.text]
+    return await aside(page, lambda: page.screenshot(mask=[*fields, *hidden], timeout=SECONDS * 1000))

@@ -18,7 +18,7 @@ from playwright.async_api import Error as PlaywrightError
 from mcp_flow.errors import EvaluationError, FlowError, InvalidInput
 from mcp_flow.page.access import Answered, cdp_session, dialogs_answered, turn
 from mcp_flow.page.fit import Fence
-from mcp_flow.page.guard import Secrets, aside, clean, gone, reaching, read_secrets, shortened, whole
+from mcp_flow.page.guard import Secrets, aside, clean, gone, reaching, read_secrets, read_secrets_soon, shortened, whole
 
 SECONDS = 5.0
 """How long the page may take to answer before any code of the caller runs."""
@@ -54,6 +54,7 @@ class Evaluation:
     dialogs: tuple[str, ...] = ()
     abridged: bool = False
     unheard: int = 0
+    shown_code: str = field(default="", compare=False)
 
 
 async def evaluate(
@@ -102,29 +103,33 @@ async def _evaluated(
     named: Secrets,
     take: Callable[[], Awaitable[object]] | None,
 ) -> Evaluation:
+    secrets = named
     async with AsyncExitStack() as stack:
-        async with reaching(page, SECONDS):
-            top = _Place(await cdp_session(page), None, "undefined", True)
-            reading = asyncio.create_task(read_secrets(page))
-            compiling = asyncio.create_task(_compiled(top, code, mode))  # code compiles without its element
-            binding = asyncio.create_task(_bound(stack, page, top, ref, locator))
-            # No task group: on Python 3.11 one whose task fails may leave its caller with a cancellation pending.
-            tasks = (reading, compiling, binding)
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
-        secrets = reading.result() | named
-        if take:
-            await take()
         try:
+            async with reaching(page, SECONDS):
+                top = _Place(await cdp_session(page), None, "undefined", True)
+                reading = asyncio.create_task(read_secrets(page))
+                compiling = asyncio.create_task(_compiled(top, code, mode))  # code compiles without its element
+                binding = asyncio.create_task(_bound(stack, page, top, ref, locator))
+                # No task group: on Python 3.11 one whose task fails may leave its caller with a cancellation pending.
+                tasks = (reading, compiling, binding)
+                try:
+                    await asyncio.gather(*tasks)
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.wait(tasks)
+            secrets |= reading.result()
+            if take:
+                await take()
             attempt = _Attempt(page, binding.result(), code, mode, timeout_ms, max_chars, secrets)
             return await attempt.run(compiling.result())
         except EvaluationError as error:
+            # Asked again: the code may have set a secret field before it failed.
+            secrets |= await read_secrets_soon([page])
             said = clean_lines(secrets.hide(error.quoted)).split("\n") if error.quoted else []
-            raise EvaluationError("\n".join([clean_lines(secrets.hide(str(error))), *Fence().around(said)])) from None
+            text = "\n".join([clean_lines(secrets.hide(str(error))), *Fence().around(said)])
+            raise EvaluationError(text, shown_code=secrets.hide(code)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,14 +315,12 @@ class _Attempt:
             _lines(list(map(str, seen.dialogs)), secrets),
             bool(packed["s"]),
             max(0, len(seen.console) - MAX_CONSOLE),
+            secrets.hide(self.code),
         )
 
     async def _secrets_now(self) -> Secrets:
         """What the secret fields held before and hold now, for the code may have changed them."""
-        with suppress(PlaywrightError, TimeoutError):
-            async with asyncio.timeout(1):
-                return self.secrets | await read_secrets(self.page)
-        return self.secrets
+        return self.secrets | await read_secrets_soon([self.page])
 
     async def _read(self, form: str) -> dict[str, Any]:
         expression = f"((form, run) => run(form))({form}, {_RUN_READ % self._parts()})\n//# sourceURL={SOURCE}"

@@ -7,28 +7,56 @@ import json
 import re
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from playwright._impl.channel_owner import ApiCallOptions
 from playwright.async_api import Error as PlaywrightError
-from playwright.async_api import Frame, Page
+from playwright.async_api import Frame, Locator, Page
 from playwright.async_api import TimeoutError as PlaywrightTimeout
 
 from mcp_flow.errors import FlowError, PageGone
 from mcp_flow.secrets import HIDDEN as HIDDEN
-from mcp_flow.secrets import SECRET_FIELDS
+from mcp_flow.secrets import SECRET_FIELDS, hide_cards, is_card
 
 T = TypeVar("T")
 
 SHORTEST_REPLACED = 4
 """A shorter secret is hidden only where it stands alone: replaced everywhere, it would wreck the text."""
 
+SECONDS_TO_TELL = 1.0
+"""How long a page may take to tell what its secret fields hold, where nothing is lost by not asking."""
+
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\ufeff\ufff9-\ufffb\U000e0000-\U000e01ef]"
 )
+HELD = """selector => {
+  const memory = Symbol.for('mcp_flow secret fields');
+  const known = globalThis[memory] ?? {fields: [], values: []};
+  const fields = new Set(known.fields.map(field => field.deref()).filter(field => field));
+  const search = root => {
+    for (const field of root.querySelectorAll(selector)) fields.add(field);
+    for (const element of root.querySelectorAll('*')) if (element.shadowRoot) search(element.shadowRoot);
+  };
+  search(document);
+  if (!fields.size) return known.values;
+  if (!globalThis[memory]) Object.defineProperty(globalThis, memory, {value: known});
+  known.fields = [...fields].map(field => new WeakRef(field));
+  const values = [...fields].map(field => String(field.value));
+  known.values = [...new Set([...values, ...known.values])].filter(value => value).slice(0, 1000);
+  return known.values;
+}"""
+"""What the secret fields of a document hold, and have held whenever this was asked.
+
+It is remembered in the document itself, where no page looks: nothing else lives as long and is seen by every process.
+So a field that the page has made a plain one, to show what was typed, stays a secret one.
+"""
+_WAS_SECRET = """field => {
+  const known = globalThis[Symbol.for('mcp_flow secret fields')];
+  return Boolean(known?.fields.some(kept => kept.deref() === field));
+}"""
 _BREAK = re.compile("[\t\n\r\u2028\u2029]+")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -125,20 +153,20 @@ class Secrets:
         return bool(self.values) and normal(text) in self.values
 
     def hide(self, text: str) -> str:
-        """`text` with every secret in it hidden, except those that are too short to be told from other text."""
-        return self.pattern.sub(HIDDEN, text) if self.pattern else text
+        """`text` with card numbers and secrets hidden, except those too short to be told from other text."""
+        return hide_cards(self.pattern.sub(HIDDEN, text) if self.pattern else text)
 
     def hide_value(self, value: Any) -> Any:
         """A JSON value with the secrets in its texts, keys and numbers hidden, also short ones standing alone."""
-        if not self.values:
-            return value
         match value:
             case str():
                 return HIDDEN if self.hold(value) else self.hide(value)
             case bool() | None:
                 return value
             case int() | float():
-                return HIDDEN if len(shown := json.dumps(value)) >= SHORTEST_REPLACED and self.hold(shown) else value
+                shown = json.dumps(value)
+                secret = is_card(shown) or (len(shown) >= SHORTEST_REPLACED and self.hold(shown))
+                return HIDDEN if secret else value
             case list():
                 return [self.hide_value(item) for item in value]
             case dict():
@@ -153,13 +181,15 @@ def normal(text: str) -> str:
 
 
 async def read_secrets(page: Page) -> Secrets:
-    """What the secret fields hold now, in every frame and open shadow root. Raises what Playwright raises."""
+    """What the secret fields hold now, and held when they were read before, in every frame and open shadow root.
+
+    Raises what Playwright raises.
+    """
 
     async def held(frame: Frame) -> list[str]:
         for attempt in range(3):
             try:
-                fields = frame.locator(SECRET_FIELDS)
-                return list(await fields.evaluate_all("fields => fields.map(field => String(field.value))"))
+                return list(await frame.evaluate(HELD, SECRET_FIELDS))
             except PlaywrightError as error:
                 if frame.is_detached():
                     return []
@@ -171,3 +201,30 @@ async def read_secrets(page: Page) -> Secrets:
         return await asyncio.gather(*(held(frame) for frame in page.frames))
 
     return Secrets.of(value for values in await aside(page, all_held) for value in values)
+
+
+async def read_secrets_soon(pages: Iterable[Page]) -> Secrets:
+    """The same of several pages, of those that answer within a second."""
+
+    async def answered(page: Page) -> Secrets:
+        with suppress(PlaywrightError, TimeoutError):
+            async with asyncio.timeout(SECONDS_TO_TELL):
+                return await read_secrets(page)
+        return Secrets()
+
+    found = await asyncio.gather(*(answered(page) for page in pages if not page.is_closed()))
+    return Secrets.of(value for secrets in found for value in secrets.values)
+
+
+async def is_secret_field(page: Page, field: Locator) -> bool:
+    """Whether an element is a secret field or was one when they were read; one that is gone may have been."""
+
+    async def asked() -> bool:
+        if await field.and_(page.locator(SECRET_FIELDS)).count() or not await field.count():
+            return True
+        return bool(await field.evaluate(_WAS_SECRET, timeout=SECONDS_TO_TELL * 1000))
+
+    try:
+        return await aside(page, asked)
+    except PlaywrightError:
+        return True

@@ -140,7 +140,16 @@ async def record(page: Page, *, secrets: Iterable[str] = ()) -> str:
 
     All of it is text of the page. It has no refs, because nothing can be acted on in a moment that is over.
     """
-    captured = await capture(page, secrets)
+    return _record(await capture(page, secrets))
+
+
+async def evidence(page: Page, *, secrets: Iterable[str] = ()) -> tuple[bytes | None, str]:
+    """A picture of a page, and the record of it, as of one moment."""
+    captured = await capture(page, secrets, screenshot=True)
+    return captured.screenshot, _record(captured)
+
+
+def _record(captured: Capture) -> str:
     status = f" ({captured.status})" if captured.status else ""
     log = [("page error", captured.thrown), ("failed request", captured.failed)]
     lines = [

@@ -13,7 +13,7 @@ from mcp.server.mcpserver import Context
 from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field
 
-from mcp_flow.errors import FlowError, NotAllowed, PageGone
+from mcp_flow.errors import EvaluationError, FlowError, NotAllowed, PageGone
 from mcp_flow.secrets import HIDDEN, masked
 from mcp_flow.tools import state
 from mcp_flow.tools.register import answer
@@ -120,9 +120,10 @@ async def exec_js(
             hold = run.hijack if run.hijack and run.hijack.held else None
             # The journal takes every note for a use of the page, and this one would prolong a person's hold of it.
             if hold is None or hold.requested.holder == "agent" or not isinstance(error, NotAllowed):
-                await app.control.note_evaluation(run_id, AGENT, code, mode, f"{type(error).__name__}: {error}")
+                said = error.shown_code if isinstance(error, EvaluationError) else code
+                await app.control.note_evaluation(run_id, AGENT, said, mode, f"{type(error).__name__}: {error}")
             raise
-        await app.control.note_evaluation(run_id, AGENT, code, mode, result.type)
+        await app.control.note_evaluation(run_id, AGENT, result.shown_code, mode, result.type)
         if lines:
             await app.control.note_actions(run_id, AGENT, lines, "exec_js")
     return answer(shown(result, run_id, run.status, max_chars, state.following(app, run)))
