@@ -86,7 +86,7 @@ class Home:
     @contextlib.asynccontextmanager
     async def worker(self, now: Callable[[], datetime] | None = None) -> AsyncIterator[TimedStore]:
         """A worker with a store of its own, and a clock if one is given; it is gone when this is left."""
-        async with TimedStore(self.settings, "worker", now=now) as store:
+        async with TimedStore(self.settings, "worker", now=now, at_once=True) as store:
             ready = asyncio.Event()
             task = asyncio.create_task(Worker(self.settings, store).serve(ready.set))
             try:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from mcp_flow import locks
 from mcp_flow.errors import StoreError
 
 T = TypeVar("T")
@@ -31,7 +32,8 @@ class WriteLock:
     """The exclusive lock of a home folder's writers; its file names the holder."""
 
     def __init__(self, path: Path, holder: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = locks.open_lock(path)
+        self._fd = self._file.fileno()
         self._name = f"{os.getpid()} {holder}".ljust(64).encode()
 
     def __enter__(self) -> None:
@@ -64,7 +66,7 @@ class WriteLock:
 
     def close(self) -> None:
         """Give the file back."""
-        os.close(self._fd)
+        self._file.close()
 
     def _end_holder(self) -> None:
         """Kill a worker that has held the lock too long; raise `StoreError` naming any other holder."""

@@ -6,21 +6,33 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import time
+from functools import partial
+from pathlib import Path
 
+from mcp_flow import events as ev
 from mcp_flow import presence
 from mcp_flow.config import Settings
+from mcp_flow.errors import FlowError
+from mcp_flow.run import Run
 from mcp_flow.store import Beat, Store
 
 logger = logging.getLogger(__name__)
 
 DEATH_SECONDS = 5.0
 """How long a killed process may take to be gone."""
-
-
+STACK_SECONDS = 0.5
+"""How long a process that is to be killed may take to say where it stands."""
+LOOKS = 10
+"""How often it is looked meanwhile whether it has."""
+BEAT = 2.0
+"""Seconds between two heartbeats at most."""
 BLOCKED_SECONDS = 3.0
 """For how long an event loop has stood still when a worker counts as blocked."""
+
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in ', re.MULTILINE)
 
 
 class Leases:
@@ -45,29 +57,97 @@ class Leases:
         if not presence.is_alive(self._settings, worker):
             self._seen.pop(worker, None)
             return True
-        if beat is None:
-            return False
+        number, said = (beat.number, beat.silent) if beat else (0, 0.0)
         now = time.monotonic()
         last, since = self._seen.get(worker, (None, now))
-        if last != beat.number:
-            self._seen[worker] = (beat.number, now)
-        silent = now - since if last == beat.number else 0.0
+        if last != number:
+            self._seen[worker] = (number, now)
+        silent = now - since if last == number else 0.0
         if silent >= self._settings.lease:
             # A library process is never ended: it notices by itself, and its page is taken from it.
-            return presence.is_library(worker) or await self._end(worker, beat.pid, f"silent for {silent:.0f} s")
-        if awaited and beat.silent >= BLOCKED_SECONDS and not presence.is_library(worker):
-            return await self._end(worker, beat.pid, "blocked, and somebody waits for it to stop a run")
+            return presence.is_library(worker) or await self._end(worker, beat, silent, f"silent for {silent:.0f} s")
+        # Code that keeps the interpreter to itself keeps the heart from beating as well.
+        blocked = max(said, silent - BEAT)
+        if awaited and blocked >= BLOCKED_SECONDS and not presence.is_library(worker):
+            return await self._end(worker, beat, blocked, "blocked, and somebody waits for it to stop a run")
         return False
 
-    async def _end(self, worker: str, pid: int, why: str) -> bool:
-        """Kill a worker and wait until it is gone: durability makes that cheap."""
-        logger.warning("Worker %s (%d) is %s, and is ended.", worker, pid, why)
-        with contextlib.suppress(ProcessLookupError):
-            # Its stack goes to its log first; a stopped process writes it only if it is let go on before it is killed.
-            os.kill(pid, signal.SIGUSR1)
+    async def _end(self, worker: str, beat: Beat | None, silent: float, why: str) -> bool:
+        """Kill a worker and wait until it is gone: durability makes that cheap. Where its code stood is journaled."""
+        # One that has just come or gone has no process id to be killed by.
+        with contextlib.suppress(OSError, ValueError):
+            pid = beat.pid if beat else presence.pid_of(self._settings, worker)
+            stack = await self._stack_of(worker, pid)
+            logger.warning("Worker %s (%d) is %s, and is ended. %s", worker, pid, why, stack)
+            with contextlib.suppress(FlowError):  # a remark must not keep alive what it remarks on
+                await self._report(worker, stack, silent)
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DEATH_SECONDS):
                 while presence.is_alive(self._settings, worker):
                     await asyncio.sleep(0.01)
         return not presence.is_alive(self._settings, worker)
+
+    async def _stack_of(self, worker: str, pid: int) -> str:
+        """Where the process's threads stand, as far as it says so within `STACK_SECONDS`."""
+        path = presence.stack_path(self._settings, worker)
+        if _is_stopped(pid) or not path.exists():
+            return ""
+        told = path.stat().st_size
+        os.kill(pid, signal.SIGUSR1)
+        before, stack = b"", b""
+        for _ in range(LOOKS):
+            await asyncio.sleep(STACK_SECONDS / LOOKS)
+            before, stack = stack, path.read_bytes()[told:]
+            if stack and stack == before:
+                break
+        return stack.decode(errors="replace")
+
+    async def _report(self, worker: str, stack: str, silent: float) -> None:
+        """Journal at which line of its own code a run keeps its worker, unless the worker has said so itself.
+
+        Before the worker is ended: once another has the run, it would be news of that one.
+        """
+        if not stack:
+            return
+        runs = {run_id: await self._files_of(run_id) for run_id in await self._store.executed_by(worker)}
+        for frames in _frames(stack):
+            found = [(run_id, next((f for f in frames if f[0] in files), None)) for run_id, files in runs.items()]
+            for run_id, frame in found:
+                if frame:
+                    blocked = ev.WorkerBlocked(seconds=round(silent, 1), file=runs[run_id][frame[0]], line=frame[1])
+                    await self._store.decide(run_id, partial(_news, worker, blocked))
+            if any(frame for _, frame in found):
+                return
+
+    async def _files_of(self, run_id: str) -> dict[str, str]:
+        """The files of a run's code, by their names as faulthandler writes them."""
+        run = await self._store.run(run_id)
+        assert run.created
+        _, files = await self._store.load_revision(run.revision)
+        paths = [os.path.join(run.created.root, name) for name in files]
+        return {path.encode("ascii", "backslashreplace").decode(): path for path in paths}
+
+
+def _news(worker: str, blocked: ev.WorkerBlocked, run: Run) -> list[ev.Event]:
+    return [blocked] if run.owner == worker and not run.blocked else []
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether the process stands still by a signal: it answers nothing, and is not to be let go on."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def _frames(stack: str) -> list[list[tuple[str, int]]]:
+    """File and line of faulthandler's frames, innermost first: those of the loop's thread, then those of all others.
+
+    The system hands a signal to the main thread, which is the loop's. Where it only waits for its turn, another
+    thread keeps the interpreter to itself.
+    """
+    threads = re.split(r"^(?=Thread |Current thread )", stack, flags=re.MULTILINE)
+    loop = [text for text in threads if text.startswith("Current thread ")]
+    others = [text for text in threads if text.startswith("Thread ")]
+    return [[(file, int(line)) for file, line in _FRAME.findall("".join(texts))] for texts in (loop, others)]

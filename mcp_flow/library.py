@@ -152,14 +152,14 @@ async def _execute(app: App, run_id: str, move: Move, max_concurrency: int | Non
 
     Where another process has the run, it is watched only.
     """
-    async with Store(app.settings, "worker") as store:
+    async with Store(app.settings, "library", at_once=True) as store:
         worker = Worker(
             app.settings, store, f"lib-{secrets.token_hex(4)}", only=run_id, max_concurrency=max_concurrency
         )
         ready = asyncio.Event()
         serving = asyncio.create_task(worker.serve(ready.set))
         try:
-            await ready.wait()
+            await _ready(ready, serving)
             await move(owner=worker.id)
             if on_event:
                 await _tell(store, run_id, on_event)
@@ -172,6 +172,15 @@ async def _execute(app: App, run_id: str, move: Move, max_concurrency: int | Non
             worker.stop()
             await asyncio.shield(serving)
         return await app.control.run(run_id)
+
+
+async def _ready(ready: asyncio.Event, serving: asyncio.Task[None]) -> None:
+    """Wait until the worker can be found by others; raises what it failed with before."""
+    waiting = asyncio.ensure_future(ready.wait())
+    await asyncio.wait({waiting, serving}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not ready.is_set():
+        await serving
 
 
 async def _tell(store: Store, run_id: str, on_event: OnEvent) -> None:

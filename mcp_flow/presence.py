@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mcp_flow import locks
 from mcp_flow.config import Settings, private_folder
 from mcp_flow.errors import FlowError
 
@@ -34,32 +35,39 @@ class LifeLock:
     """A worker's sign of life: `workers/<id>.lock`, held until its process ends."""
 
     def __init__(self, settings: Settings, worker: str) -> None:
-        folder = private_folder(settings.home / "workers")
-        self._path = folder / f"{worker}.lock"
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        self._path = private_folder(settings.home / "workers") / f"{worker}.lock"
+        while True:
+            self._file = locks.open_lock(self._path)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if locks.is_at(self._file, self._path):  # and was not swept away before it was locked
+                break
+            self._file.close()
+        os.pwrite(self._file.fileno(), str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
         """Say that the worker is gone."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-        os.close(self._fd)
+        self._path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def is_alive(settings: Settings, worker: str) -> bool:
     """Whether a worker's process still holds its lock."""
     try:
-        fd = os.open(settings.home / "workers" / f"{worker}.lock", os.O_RDONLY | os.O_CLOEXEC)
+        file = locks.own((settings.home / "workers" / f"{worker}.lock").open("rb"))
     except FileNotFoundError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    with file:
+        return not locks.acquire(file, fcntl.LOCK_SH)
+
+
+def pid_of(settings: Settings, worker: str) -> int:
+    """The process id of a living worker; raises `OSError` or `ValueError` for one that is just coming or going."""
+    return int((settings.home / "workers" / f"{worker}.lock").read_text())
+
+
+def stack_path(settings: Settings, worker: str) -> Path:
+    """Where a worker writes its stack when it is asked for it (SIGUSR1), for whoever ends it to read."""
+    return settings.home / "workers" / f"{worker}.stack"
 
 
 def is_library(worker: str) -> bool:
@@ -76,8 +84,10 @@ def living(settings: Settings) -> set[str]:
 def sweep(settings: Settings) -> None:
     """Remove the lock files of dead workers."""
     for path in (settings.home / "workers").glob("*.lock"):
-        if not is_alive(settings, path.stem):
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), locks.own(path.open("rb")) as file:
+            # Removed under its lock: one that is free may be about to be a worker's that is just starting.
+            if locks.acquire(file) and locks.is_at(file, path):
+                stack_path(settings, path.stem).unlink(missing_ok=True)
                 path.unlink()
 
 
@@ -85,12 +95,9 @@ def sweep(settings: Settings) -> None:
 def changing_of_the_guard(settings: Settings) -> Iterator[None]:
     """Held while a worker is started, and by a worker between its last look for work and its end."""
     private_folder(settings.home)
-    fd = os.open(settings.home / "start.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with locks.open_lock(settings.home / "start.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
 
 
 def ensure_worker(settings: Settings) -> None:
@@ -142,8 +149,7 @@ def stop_workers(settings: Settings) -> int:
         late = time.monotonic() > deadline
         for worker in alive if late else alive - told:
             with contextlib.suppress(OSError, ValueError):
-                pid = int((settings.home / "workers" / f"{worker}.lock").read_text())
-                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+                os.kill(pid_of(settings, worker), signal.SIGKILL if late else signal.SIGTERM)
                 told.add(worker)
         time.sleep(0.02)
     sweep(settings)
@@ -204,7 +210,7 @@ class Doorbell:
             if worker in self._watched:
                 continue
             with contextlib.suppress(OSError, ValueError):  # it is just coming or going
-                watched = os.pidfd_open(int(path.read_text()))
+                watched = os.pidfd_open(pid_of(settings, worker))
                 # Asked afterwards: as long as the lock is held, the number is that of its holder.
                 if not is_alive(settings, worker):
                     os.close(watched)

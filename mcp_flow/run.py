@@ -48,6 +48,8 @@ _AFTER_END: frozenset[type[ev.Event]] = frozenset(
     (
         ev.RunClaimed,
         ev.RunReleased,
+        ev.RunOrphaned,
+        ev.WorkerBlocked,
         ev.PageClosed,
         ev.PageObserved,
         ev.PageEvaluated,

@@ -482,12 +482,20 @@ class _Connection:
 
 
 class Store:
-    """The journal of a home folder. Use as an async context manager; every method may raise `StoreError`."""
+    """The journal of a home folder. Use as an async context manager; every method may raise `StoreError`.
 
-    def __init__(self, settings: Settings, role: str, now: Callable[[], datetime] | None = None) -> None:
+    The `role` is what others call this process; a `worker` that stands still in a commit is killed by whoever waits.
+    With `at_once` the loop commits by itself where that saves time.
+    """
+
+    def __init__(
+        self, settings: Settings, role: str, now: Callable[[], datetime] | None = None, *, at_once: bool = False
+    ) -> None:
         self.now = now or (lambda: datetime.now(UTC))
         self._settings = settings
         self._role = role
+        # A process that writes step after step waits for each; a server must answer while a disk is slow.
+        self._at_once = at_once
         # Whoever follows a run holds it; of the others a few are kept, so that a server does not grow with its runs.
         self._views: WeakValueDictionary[str, Run] = WeakValueDictionary()
         self._recent: OrderedDict[str, Run] = OrderedDict()
@@ -501,8 +509,7 @@ class Store:
         _refuse_network(home)
         try:
             lock = WriteLock(home / "write.lock", self._role)
-            # A worker writes step after step, and waits for each; a server must answer while a disk is slow.
-            self._thread = CommitThread(self._connection, lock, self._explain, at_once=self._role == "worker")
+            self._thread = CommitThread(self._connection, lock, self._explain, at_once=self._at_once)
             await self._thread.start()
         except OSError as error:
             raise StoreError(f"The journal in {home} can't be opened: {error.strerror}.") from error
@@ -681,57 +688,69 @@ class Store:
         """Take up to `limit` runs that have no living owner, oldest first; returns ids and epochs.
 
         Those that want a worker, and those that hold a page without use since before `held_before`; or `only` one; and
-        of them `such` as the caller chooses, in the store's thread.
+        of them `such` as the caller chooses.
         """
         where, values = _wanting(dead, held_before, only)
 
-        def wanting() -> list[str]:
-            rows = self._tx.execute(
-                f"SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run WHERE {where} ORDER BY r.run LIMIT ?",
-                (*values, limit),
+        def wanting(among: str, those: Sequence[Any]) -> list[str]:
+            sql = (
+                f"SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run WHERE {where} {among} ORDER BY r.run"
             )
-            return [run_id for (run_id,) in rows.fetchall()]
+            return [run_id for (run_id,) in self._tx.execute(sql, (*values, *those)).fetchall()]
 
         # A long journal is folded before the lock is taken; the transaction then reads only what is newer.
         # One that can't be read must not keep the others from being executed; `verify` says what is wrong with it.
-        unreadable = set()
-        for run_id in await self._read(wanting):
-            try:
-                await self._read(partial(self._tx.fold_now, run_id))
-            except (FlowError, ValueError):
-                unreadable.add(run_id)
+        chosen: list[str] = []
+        for run_id in await self._read(lambda: wanting("", ())):
+            with suppress(FlowError, ValueError):
+                if such(await self._read(partial(self._tx.fold_now, run_id))):
+                    chosen.append(run_id)
+            if len(chosen) == limit:
+                break
 
         def body() -> list[tuple[str, int]]:
             claimed = []
             event = ev.RunClaimed(worker=worker)
-            for run_id in wanting():
-                if run_id in unreadable:
-                    continue
-                run = self._tx.fold(run_id)[2]
-                if such(run):
-                    epoch = run.epoch + 1
-                    self._tx.append(run_id, [(event, event.encoded())], epoch)
-                    claimed.append((run_id, epoch))
+            for run_id in wanting("AND j.run_id IN (SELECT value FROM json_each(?))", (json.dumps(chosen),)):
+                epoch = self._tx.fold(run_id)[2].epoch + 1
+                self._tx.append(run_id, [(event, event.encoded())], epoch)
+                claimed.append((run_id, epoch))
             return claimed
 
-        return await self._thread.write(body)
+        return await self._thread.write(body) if chosen else []
 
     async def orphan_idle(self, dead: Iterable[str]) -> None:
-        """Let go of the runs that wait and whose owner is among `dead`: an answer is to wake them like any other."""
+        """Let go of the runs whose owner is among `dead` and is to execute nothing of them.
+
+        Those that wait: an answer is to wake them like any other. Those that were cancelled: whoever comes closes their
+        pages. And those that somebody wants to hijack: nothing is in the way any more.
+        """
         sql = (
-            "SELECT j.run_id, r.owner FROM run_rows r JOIN journals j ON j.no = r.run WHERE NOT r.wants_worker"
-            " AND r.status NOT IN ('finished', 'cancelled', 'continued')"
+            "SELECT j.run_id, r.owner FROM run_rows r JOIN journals j ON j.no = r.run WHERE (r.awaits_owner"
+            " OR NOT r.wants_worker AND r.status NOT IN ('finished', 'cancelled', 'continued'))"
             " AND r.owner IN (SELECT value FROM json_each(?))"
         )
         gone = json.dumps(list(dead))
 
         def body() -> None:
             for run_id, owner in self._tx.execute(sql, (gone,)).fetchall():
-                event = ev.RunOrphaned(owner=owner)
-                self._tx.append(run_id, [(event, event.encoded())], None)
+                run = self._tx.fold(run_id)[2]
+                events: list[ev.Event] = [ev.RunOrphaned(owner=owner)]
+                if run.awaits_owner and not run.ended:
+                    events.append(ev.RunHijacked())
+                self._tx.append(run_id, [(event, event.encoded()) for event in events], None)
 
         if await self._read(lambda: self._tx.execute(sql, (gone,)).fetchone()):
             await self._thread.write(body)
+
+    async def executed_by(self, worker: str) -> list[str]:
+        """The runs of a worker that have its code at work, as far as their journals tell."""
+        sql = (
+            "SELECT j.run_id FROM run_rows r JOIN journals j ON j.no = r.run"
+            " WHERE r.wants_worker AND r.owner = ? ORDER BY r.run"
+        )
+        rows = await self._read(lambda: self._tx.execute(sql, (worker,)).fetchall())
+        return [run_id for (run_id,) in rows]
 
     async def owners(self, *, waiting: bool = False) -> dict[str, bool]:
         """The workers that own runs which have work for a worker, and whether somebody waits for them to react.
@@ -801,10 +820,17 @@ class Store:
 
     def beat(self, worker: str, silent: float = 0.0) -> None:
         """Raise the worker's counter, and say for how long its loop has stood still; from any thread, not waiting."""
+        self._thread.write_soon(lambda: self._beat(worker, silent))
+
+    async def first_beat(self, worker: str) -> None:
+        """Begin the worker's counter, and return once that is durable."""
+        await self._thread.write(lambda: self._beat(worker, 0.0))
+
+    def _beat(self, worker: str, silent: float) -> None:
         sql = (
             "INSERT INTO beats VALUES (?, ?, 1, ?) ON CONFLICT DO UPDATE SET beat = beat + 1, silent = excluded.silent"
         )
-        self._thread.write_soon(lambda: self._tx.execute(sql, (worker, os.getpid(), silent)))
+        self._tx.execute(sql, (worker, os.getpid(), silent))
 
     async def beats(self) -> dict[str, Beat]:
         """The sign of life of each worker that is known."""

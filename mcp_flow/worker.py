@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import count
@@ -44,7 +44,7 @@ from mcp_flow.errors import (
     WorkerCrashed,
 )
 from mcp_flow.failures import untyped
-from mcp_flow.leases import BLOCKED_SECONDS, Leases
+from mcp_flow.leases import BEAT, BLOCKED_SECONDS, Leases
 from mcp_flow.pages import look
 from mcp_flow.rails import Rails
 from mcp_flow.revisions import Revision, load, source_line
@@ -54,8 +54,6 @@ from mcp_flow.store import Store
 
 logger = logging.getLogger(__name__)
 
-BEAT = 2.0
-"""Seconds between two heartbeats."""
 POLL = 1.0
 """Seconds between two looks for what no doorbell told of."""
 SOONEST = 0.005
@@ -116,24 +114,29 @@ class Worker:
         self._lock = presence.LifeLock(self._settings, self.id)
         bell = presence.Doorbell(self._settings)
         heart = _Heart(self.id, self._store, self._settings, asyncio.get_running_loop(), self._runs_of_frames)
+        held = contextlib.ExitStack()
         if self._only is None:
-            faulthandler.register(signal.SIGUSR1, all_threads=True)
+            held.enter_context(_telling_its_stack(presence.stack_path(self._settings, self.id)))
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         self._heart = heart
         heart.start()
-        ready()
         try:
+            # Before anything is claimed: a counter that was never seen can't be seen to stand still.
+            await self._store.first_beat(self.id)
+            ready()
             await self._work(bell)
         finally:
             self.stop()
             await self._release_all()
             await self._driver.stop()
             heart.stop()
+            # First: whoever finds the counter gone must not take the worker for one that has not begun it yet.
+            self._retire()
             with contextlib.suppress(FlowError):
                 await self._store.forget_worker(self.id)
+            held.close()
             bell.close()
-            self._retire()
             # Whoever waits for a released run should look for another worker now.
             presence.ring(self._settings, "")
 
@@ -237,7 +240,7 @@ class Worker:
         if not run.owner or run.ended or run.crashes + 1 < MAX_CRASHES - 1:
             return True
         if self._suspect is not None:
-            return False
+            return self._suspect == run.run_id
         self._suspect, self._suspected_at = run.run_id, time.monotonic()
         return True
 
@@ -268,13 +271,15 @@ class Worker:
     def _release_idle(self) -> None:
         """Drop the coroutines of runs that have waited for a while: an answer replays them as well."""
         now = time.monotonic()
+        # A page is parked by whoever claims its run, which its owner has to let go of for that.
+        idle = min(self._settings.worker_idle, self._settings.hold)
         for attempt in list(self._attempts.values()):
             hijack = attempt.run.hijack
             if not attempt.waiting or (hijack and hijack.held):
                 attempt.waiting_since = None
             elif attempt.waiting_since is None:
                 attempt.waiting_since = now
-            elif now - attempt.waiting_since >= self._settings.worker_idle and not attempt.suspending:
+            elif now - attempt.waiting_since >= idle and not attempt.suspending:
                 attempt.suspending = asyncio.create_task(self._release(attempt, "it waits"))
 
     def _forget(self, run_id: str, task: asyncio.Task[None]) -> None:
@@ -609,6 +614,18 @@ class _Heart:
                 self._store.append_from_thread(run_id, ev.WorkerBlocked(seconds=round(silent, 1), file=file, line=line))
 
 
+@contextlib.contextmanager
+def _telling_its_stack(path: Path) -> Iterator[None]:
+    """Meanwhile SIGUSR1 makes this process write where its threads stand, whatever they are at."""
+    with path.open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        try:
+            yield
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+            path.unlink(missing_ok=True)
+
+
 def _frames(frame: FrameType | None) -> list[tuple[str, int]]:
     """File and line of a stack, innermost first."""
     found = []
@@ -665,5 +682,5 @@ async def serve(settings: Settings, worker_id: str | None = None, ready_fd: int 
             os.close(ready_fd)
 
     os.chdir(Path("/"))
-    async with Store(settings, "worker") as store:
+    async with Store(settings, "worker", at_once=True) as store:
         await Worker(settings, store, worker_id).serve(ready)

@@ -39,5 +39,5 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 async def store(settings: Settings, clock: Clock) -> AsyncIterator[Store]:
-    async with Store(settings, "worker", now=clock) as opened:
+    async with Store(settings, "worker", now=clock, at_once=True) as opened:
         yield opened

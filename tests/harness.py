@@ -183,7 +183,7 @@ class House:
         """Start a worker in this loop, unless one lives; its task ends when the worker has left."""
         if self._worker is None or self._worker[1].done():
             ready = asyncio.Event()
-            store = Store(self.settings, "worker", now=self._clock)
+            store = Store(self.settings, "worker", now=self._clock, at_once=True)
             worker = Worker(dataclasses.replace(self.settings, **settings), store)
 
             async def serve() -> None:

@@ -113,7 +113,7 @@ async def test_a_disk_that_fills_up_is_named_and_work_goes_on_once_there_is_room
         """
         async def main():
             mount("-t", "tmpfs", "-o", "size=700k", "tmpfs", home)
-            async with Store(settings, "worker") as store:
+            async with Store(settings, "worker", at_once=True) as store:
                 await store.create("r1", CREATED)
                 written = 0
                 while written < 1000 and not (refusal := await refused(store.append("r1", LOOKED))):
@@ -169,7 +169,7 @@ async def test_a_disk_that_becomes_read_only_is_named_and_reading_goes_on(settin
         """
         async def main():
             mount("--bind", home, home)
-            async with Store(settings, "worker") as store:
+            async with Store(settings, "worker", at_once=True) as store:
                 await store.append("r1", LOOKED)
                 # What a disk does that has found errors on itself: what is open for writing stays open.
                 opened = await refused(store.append("r1", LOOKED))

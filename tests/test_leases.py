@@ -18,6 +18,7 @@ from harness import AGENT, House, open_house
 from mcp_flow import config, presence
 from mcp_flow import events as ev
 from mcp_flow.views import show_run
+from mcp_flow.worker import CLAIM_AT_ONCE
 
 pytestmark = pytest.mark.anyio
 
@@ -99,6 +100,37 @@ async def test_a_run_that_waits_goes_on_when_it_is_answered_although_its_owner_i
     assert house.did() == ["before"]
 
 
+@pytest.mark.parametrize("house", [{"take_up": False, "worker_idle": 1}], indirect=True)
+async def test_an_interrupted_run_that_nobody_takes_up_can_be_cancelled_page_and_all_and_hijacked(house: House) -> None:
+    source = """
+        @workflow
+        async def main(flow: Flow, with_page: bool) -> int:
+            if with_page:
+                page = await flow.page()
+                await flow.step("open", page.set_content, "<title>t</title>")
+            await flow.step("long", until_open, "end")
+            return flow.attempt
+        """
+    cancelled = await house.start(source, {"with_page": True})
+    taken = await house.again({"with_page": False})
+    for run_id in (cancelled, taken):
+        await house.event(run_id, ev.StepStarted, lambda event: event.key == "long#1")
+    await house.kill()
+    await house.control.hijack(taken, AGENT, "look")
+    run = await house.control.run(taken)
+    assert (run.status, run.owner) == ("hijacked", None)
+    await house.control.cancel(cancelled, AGENT, "enough")
+    await house.event(cancelled, ev.PageClosed)
+    run = await house.until(cancelled, "cancelled")
+    while run.owner or await house.store.load_checkpoint(cancelled):
+        await house.bell.next_ring(0.05)
+        run = await house.control.run(cancelled)
+    assert not run.pages
+    house.open("end")
+    await house.resume(taken)
+    assert await house.finished(taken) == 2
+
+
 # --- a loop that stands still ---
 
 BLOCKING = """
@@ -146,6 +178,88 @@ async def test_a_blocked_worker_is_killed_for_whoever_stops_its_run_and_its_othe
         await house.event(run_id, ev.RunReleased)
         assert (await house.control.run(run_id)).owner is None
     assert house.did() == ["waits", "blocks"]
+
+
+@pytest.mark.parametrize("house", [{"lease": 600}], indirect=True)
+async def test_a_worker_whose_code_keeps_the_interpreter_to_itself_is_killed_for_whoever_cancels_its_run(
+    house: House,
+) -> None:
+    source = """
+        import re
+
+        @workflow
+        async def main(flow: Flow, blocks: bool = True) -> int:
+            await flow.step("before", did, "blocks" if blocks else "waits")
+            if blocks:
+                re.match(r"(a+)+$", "a" * 60 + "b")
+            await flow.step("long", until_open, "end")
+            return flow.attempt
+        """
+    bystander = await house.start(source, {"blocks": False})
+    await house.event(bystander, ev.StepStarted, lambda event: event.key == "long#1")
+    [first] = house.detached()
+    run_id = await house.again()
+    await house.event(run_id, ev.StepFinished)
+    await house.control.cancel(run_id, AGENT, "it is lost in a regular expression")
+    await awake_until(house, lambda: first not in house.detached())
+    [blocked] = await house.events(run_id, ev.WorkerBlocked)
+    assert (blocked.file, blocked.line) == (str(house.file), house.line_of("re.match"))
+    assert not await house.events(bystander, ev.WorkerBlocked)
+    house.open("end")
+    assert await house.finished(bystander) == 2
+    await house.event(run_id, ev.RunReleased)
+    assert house.did() == ["waits", "blocks"]
+
+
+async def test_a_worker_is_dead_although_a_process_lives_that_a_step_of_it_has_forked(house: House) -> None:
+    run_id = await house.start(
+        """
+        import multiprocessing
+
+        def stay():
+            did(os.getpid())
+            while not is_open("end"):
+                time.sleep(0.01)
+
+        @workflow
+        async def main(flow: Flow) -> int:
+            if flow.attempt == 1:
+                multiprocessing.get_context("fork").Process(target=stay).start()
+                await until_open("end")
+            return await flow.step("after", lambda: flow.attempt)
+        """
+    )
+    with anyio.fail_after(15):
+        while not house.did():
+            await house.bell.next_ring(0.05)
+    await house.kill()
+    await house.control.keep_awake()
+    assert await house.finished(run_id) == 2
+    [child] = house.did()
+    os.kill(int(child), 0)
+    house.open("end")
+
+
+async def test_a_run_is_claimed_although_as_many_as_are_claimed_at_once_are_suspected_of_killing_workers(
+    house: House,
+) -> None:
+    source = """
+        @workflow
+        async def main(flow: Flow, suspected: bool) -> int:
+            if suspected:
+                await until_open("end")
+            return flow.attempt
+        """
+    house.write(source)
+    first = await house.again({"suspected": True}, hold=True)
+    created = (await house.control.run(first)).created
+    assert created
+    for number in range(CLAIM_AT_ONCE):
+        await house.store.create(f"s{number}", created.model_copy(update={"hold": False}), owner="w-1")
+    # A second owner is dead as well, without anything new in their journals.
+    assert len(await house.store.claim("w-2", ["w-1"], CLAIM_AT_ONCE)) == CLAIM_AT_ONCE
+    assert await house.finished(await house.again({"suspected": False})) == 1
+    house.open("end")
 
 
 # --- a process that is not to be killed ---

@@ -104,6 +104,16 @@ async def held(house: House, site: Site, count: int) -> list[str]:
     return run_ids
 
 
+async def test_a_hold_that_is_shorter_than_a_worker_s_patience_is_honoured_while_the_owner_lives(
+    house: House, site: Site
+) -> None:
+    work = house.work(worker_idle=3600)
+    run_id = await house.start(SHOP, {"site": site.url})
+    await house.event(run_id, ev.RunParked)
+    assert not work.done()
+    await house.stop_working()
+
+
 async def test_runs_that_wait_or_failed_are_parked_without_a_worker_or_a_page_and_answers_wake_them(
     house: House, driver: Driver, site: Site
 ) -> None:

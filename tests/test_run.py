@@ -216,7 +216,7 @@ _ACTIVE = {"idle", "fail", "value", "ask", "ask again", "attempt 2", "page lost"
 _RUNNING = _ANYTIME | _OWNER_ANYTIME | _ACTIVE | {"start", "ask same id", "value of step", "finish"}
 _IN_FLIGHT = _RUNNING - {"value of step"} | {"done", "broke"}
 _Q1_OPEN = {"answer", "expire", "withdraw"}
-_ENDED = {"page closed", "looked", "claim 2", "release"}
+_ENDED = {"page closed", "looked", "claim 2", "release", "orphan"}
 
 FOLLOW: dict[str, set[str]] = {
     "queued": _ANYTIME - {"claim 2"} | {"claim 1", "resume"},
@@ -253,7 +253,7 @@ FOLLOW: dict[str, set[str]] = {
     "finished": _ENDED,
     "finished, page open": _ENDED,
     "cancelled, not noticed by its owner": _ENDED,
-    "cancelled": _ENDED - {"release"},
+    "cancelled": _ENDED - {"release", "orphan"},
     "fork": _ANYTIME - {"claim 2"} | {"claim 1", "resume", "share step", "share request"},
     "fork with history": _ANYTIME - {"claim 2"} | {"claim 1", "resume"},
     "fork, claimed": _ANYTIME | _OWNER_ANYTIME | {"attempt 1"},
@@ -668,7 +668,7 @@ class Model:
             case ev.RunReleased():
                 return owner
             case ev.RunOrphaned():
-                return going and self.owned
+                return self.owned
             case ev.PageOpened():
                 return owner and going
             case ev.RunParked():

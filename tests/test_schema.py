@@ -89,7 +89,7 @@ async def test_a_checkpoint_of_schema_1_says_where_the_pages_were_and_what_they_
 
 
 async def test_a_run_of_schema_1_goes_on(old_home: Settings) -> None:
-    async with Store(old_home, "worker") as store:
+    async with Store(old_home, "worker", at_once=True) as store:
         await store.append("asking", ev.RequestAnswered(request_id="q-2", value={"approved": True}))
         assert await store.claim("w-9", ["w-1"], 9) == [("asking", 2), ("queued", 1)]
         await store.append("asking", ev.AttemptStarted(attempt=2, revision="abc"), epoch=2)
@@ -199,7 +199,7 @@ async def test_a_process_of_an_older_version_stops_once_the_journal_is_migrated(
     with closing(sqlite3.connect(old_home.database)) as connection:
         connection.execute(f"PRAGMA user_version = {now - 1}")
     monkeypatch.setattr(store_module, "SCHEMA_VERSION", now - 1)
-    async with Store(old_home, "worker") as older:
+    async with Store(old_home, "worker", at_once=True) as older:
         monkeypatch.undo()
         async with Store(old_home, "test") as newer:
             await newer.append("failed", ev.PageEvaluated(code="1", mode="read", outcome="ok"))

@@ -570,7 +570,7 @@ async def test_a_journal_that_can_not_be_read_does_not_keep_the_others_from_bein
     await store.create("good", created())
     with raw(settings) as connection:
         connection.execute("UPDATE events SET type = 'run.teleported' WHERE run = 1")
-    async with Store(settings, "worker") as other:
+    async with Store(settings, "worker", at_once=True) as other:
         assert await other.claim("w-1", [], 10) == [("good", 1)]
 
 
@@ -967,13 +967,13 @@ from mcp_flow.store import Store
 LOOKED = ev.PageEvaluated(code="1", mode="read", outcome="ok")
 
 async def append(run_id, times):
-    async with Store(config.load(home=HOME), "worker") as store:
+    async with Store(config.load(home=HOME), "worker", at_once=True) as store:
         for i in range(times):
             await store.append(run_id, LOOKED)
             await store.append("shared", ev.PageEvaluated(code=run_id, mode="read", outcome=str(i)))
 
 async def append_for_ever():
-    async with Store(config.load(home=HOME), "worker") as store:
+    async with Store(config.load(home=HOME), "worker", at_once=True) as store:
         for i in range(1_000_000):
             await asyncio.gather(*(store.append("r1", LOOKED) for _ in range(5)))
             print((await store.run("r1")).seq, flush=True)
@@ -1116,7 +1116,7 @@ class Home(RuleBasedStateMachine):
         return self.loop.run_until_complete(asyncio.wait_for(work, 20))
 
     def open_store(self, role: str) -> Store:
-        return self.do(Store(self.settings, role, now=lambda: self.now).__aenter__())
+        return self.do(Store(self.settings, role, now=lambda: self.now, at_once=role == "worker").__aenter__())
 
     @initialize(target=leases)
     def open(self) -> Any:
@@ -1300,11 +1300,14 @@ class Home(RuleBasedStateMachine):
     @rule(which=stores_)
     def let_go_of_what_waits(self, which: int) -> None:
         orphans = [
-            run.run_id for run in self.folds() if run.owner in self.dead and not run.wants_worker and not run.ended
+            (run.run_id, run.awaits_owner and not run.ended)
+            for run in self.folds()
+            if run.owner in self.dead and (run.awaits_owner or not (run.wants_worker or run.ended))
         ]
         self.do(self.stores[which].orphan_idle(self.dead))
-        for run_id in orphans:
+        for run_id, hijacked in orphans:
             self.journals[run_id].append(("run.orphaned", None))
+            self.journals[run_id] += [("run.hijacked", None)] if hijacked else []
             self.holds[run_id] = None
 
     @rule(which=stores_)

@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING
 
 import anyio
 
-from mcp_flow import config
+from mcp_flow import config, locks
 from mcp_flow.browser import launch, proxy
 from mcp_flow.config import Settings
 from mcp_flow.errors import BrowserMissing, BrowserUnavailable, FlowError
@@ -87,7 +87,7 @@ class _Place:
         """Whether a process holds the lock."""
         try:
             with _open_private(self.lock) as file:
-                return not _flock(file, fcntl.LOCK_SH)
+                return not locks.acquire(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
 
@@ -169,7 +169,7 @@ async def stop(settings: Settings) -> int:
         await anyio.sleep(0.02)
     for place in _places(settings):
         with _open_private(place.lock) as lock:
-            if _flock(lock, fcntl.LOCK_EX):
+            if locks.acquire(lock, fcntl.LOCK_EX):
                 _note(lock, None, _undead(lock))
     return len(places)
 
@@ -190,10 +190,10 @@ def use(endpoint: str) -> IO[str]:
     Raises `BrowserUnavailable` where the host has ended or is about to.
     """
     try:
-        file = _clients(endpoint).open()
+        file = locks.own(_clients(endpoint).open())
     except OSError as error:
         raise BrowserUnavailable("The browser host has ended; ask for another.") from error
-    if _flock(file, fcntl.LOCK_SH):
+    if locks.acquire(file, fcntl.LOCK_SH):
         return file
     file.close()
     raise BrowserUnavailable("The browser host is just ending because nobody used it; ask for another.")
@@ -224,7 +224,7 @@ async def _serve(settings: Settings, headless: bool, place: _Place, scratch: Pat
 
 def _unused(clients: IO[str], idle: float) -> bool:
     """Whether no client is connected or about to; if so, no other can connect from here on."""
-    if not _flock(clients, fcntl.LOCK_EX):
+    if not locks.acquire(clients, fcntl.LOCK_EX):
         return False
     if time.time() - os.fstat(clients.fileno()).st_mtime >= idle:
         return True
@@ -338,7 +338,7 @@ def _pid(place: _Place) -> int | None:
 async def _acquire(lock: IO[str]) -> bool:
     # Who looks whether the lock is held holds it for an instant: only a lock that stays held is another host's.
     for _ in range(10):
-        if _flock(lock, fcntl.LOCK_EX):
+        if locks.acquire(lock, fcntl.LOCK_EX):
             return True
         await anyio.sleep(0.02)
     return False
@@ -385,17 +385,9 @@ def _playwright_version() -> str:
     return importlib.metadata.version("playwright")
 
 
-def _flock(file: IO[str], mode: int) -> bool:
-    try:
-        fcntl.flock(file, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _open_private(path: Path, *, create: bool = False) -> IO[str]:
     flags = os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
-    return os.fdopen(os.open(path, flags, 0o600), "r+")
+    return locks.own(os.fdopen(os.open(path, flags, 0o600), "r+"))
 
 
 def _write(path: Path, text: str) -> None:

@@ -251,7 +251,7 @@ async def _work(settings: Settings, run_id: str, tell: Any, worker_id: str | Non
     from mcp_flow.worker import Worker, log_to_stderr
 
     log_to_stderr(settings)
-    async with Store(settings, "worker") as store:
+    async with Store(settings, "worker", at_once=True) as store:
         await Worker(settings, store, worker_id, only=only).serve(partial(tell, ready=True))
 
 

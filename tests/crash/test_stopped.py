@@ -110,6 +110,24 @@ async def test_a_worker_stopped_past_its_lease_is_dead_before_anyone_claims_its_
     assert house.did() == ["hold", "hold", "held", "after"]
 
 
+async def test_a_worker_stopped_before_its_heart_could_beat_is_taken_over_like_any_other(
+    house: House, nursery: Nursery
+) -> None:
+    run_id = "unborn"
+    await house.start(HOLD, run_id=run_id)
+    house.open("go")
+    # Its heart would beat for the first time half a second after its start, long after it has claimed the run.
+    first = await nursery.worker(
+        replace(house.settings, lease=600), run_id, Fault.named("worker after attempt.started"), deed="stop"
+    )
+    with anyio.fail_after(15):
+        await first.until_struck()
+    await until(lambda: is_stopped(first))
+    await nursery.worker(house.settings, run_id)
+    assert await house.finished(run_id) == 2
+    assert first.dead.is_set()
+
+
 async def test_a_worker_stopped_for_less_than_its_lease_keeps_its_runs(house: House, nursery: Nursery) -> None:
     run_id = "short"
     patient = replace(house.settings, lease=600)
