@@ -652,7 +652,7 @@ def _lost(run: Run) -> str:
 
 
 class _Masking(logging.Formatter):
-    """Log lines without secrets: what failed may quote them, a task that nobody awaits its author's page too."""
+    """Log lines without secrets."""
 
     def __init__(self, settings: Settings) -> None:
         self._secrets = Secrets(settings.home)
@@ -660,7 +660,11 @@ class _Masking(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         self._secrets.learn()
-        return untyped(hide_cards(self._secrets.mask(super().format(record))))
+        text = super().format(record)
+        if record.name == "asyncio" and record.exc_info and (error := record.exc_info[1]) and str(error):
+            # A task that nobody awaits is an author's: what it says may quote a page, whose secrets nobody knows here.
+            text = text.replace(repr(error), type(error).__name__).replace(str(error), "[not logged]")
+        return untyped(hide_cards(self._secrets.mask(text)))
 
 
 def log_to_stderr(settings: Settings) -> None:
