@@ -1297,6 +1297,37 @@ class Home(RuleBasedStateMachine):
         self.dead.add(self.living[worker])
         self.living[worker] = f"w{len(self.dead) + 2}"
 
+    @rule(which=stores_, lease=leases, key=keys, what=st.sampled_from(["append", "create", "claim"]))
+    def fail_to_commit(self, which: int, lease: tuple[str, int], key: str, what: str) -> None:
+        """Nothing is there of what can't be committed, which is for the invariants to see."""
+        store = self.stores[which]
+        match what:
+            case "append":
+                work: Coroutine[Any, Any, Any] = store.append(lease[0], *step(key), epoch=lease[1])
+            case "create":
+                work = store.create(f"r{len(self.journals)}", created())
+            case _:
+                work = store.claim("w0", self.dead, 3)
+        self.let_commit(store, False)
+        try:
+            assert (what, self.do(work)) == ("claim", []), "it was committed"
+        except (StoreError, IllegalEvent, LeaseLost):
+            pass
+        finally:
+            self.let_commit(store, True)
+
+    def let_commit(self, store: Store, allowed: bool) -> None:
+        commit = (sqlite3.SQLITE_TRANSACTION, "COMMIT")
+
+        def judge(action: int, what: str | None, *_: object) -> int:
+            return sqlite3.SQLITE_DENY if (action, what) == commit else sqlite3.SQLITE_OK
+
+        async def put() -> None:
+            connection = store._connection._conn
+            await store._thread.read(lambda: connection.set_authorizer(None if allowed else judge))
+
+        self.do(put())
+
     @rule(which=stores_)
     def let_go_of_what_waits(self, which: int) -> None:
         orphans = [
