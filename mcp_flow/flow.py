@@ -169,6 +169,8 @@ class Flow:
         Undecided at `expires` (seconds, a timedelta or a moment) counts as denied. Raises `Denied` with the note,
         or returns a falsy decision with `on_deny="return"`.
         """
+        _check_word(f"approval {question!r}", "by", by, ("anyone", "human"))
+        _check_word(f"approval {question!r}", "on_deny", on_deny, ("fail", "return"))
         shown = _journaled(data, f"the data of approval {question!r}")
         terms = fingerprint.of(["approval", question, shown, by])
         settled = await self._attempt.wait(
@@ -198,6 +200,7 @@ class Flow:
         the run ends. At `expires` the `default` is taken; without one `RequestExpired` is raised. Raises `InvalidInput`
         when the default does not fit the schema.
         """
+        _check_word(f"question {prompt!r}", "by", by, ("anyone", "agent", "human"))
         shape = shape_of(schema)
         fallback = MISSING if default is MISSING else _journaled(default, f"the default of {prompt!r}")
         if fallback is not MISSING:
@@ -346,6 +349,12 @@ class Flow:
         except (OverflowError, ValueError, TypeError) as error:
             raise StepError(f"{expires!r} is no time to wait for: {error}. Give seconds, or a moment.") from error
         return length
+
+
+def _check_word(what: str, option: str, given: object, words: Sequence[str]) -> None:
+    """Raise `StepError` for a word that an option does not know: a misspelt `by` would ask the wrong one."""
+    if given not in words:
+        raise StepError(f"{option}={given!r} of {what} is none of {', '.join(map(repr, words))}.")
 
 
 def shape_of(schema: Any) -> Codec:

@@ -334,6 +334,9 @@ async def test_retriable_says_that_nothing_happened_so_a_once_step_is_tried_agai
         ('flow.step("  ", did, "x")', "needs a name"),
         ('flow.attach("../x", b"")', "plain file name"),
         ('flow.attach("x", "text")', "takes bytes"),
+        ('flow.approve("Pay?", on_deny="ignore")', "none of 'fail', 'return'"),
+        ('flow.approve("Pay?", by="person")', "none of 'anyone', 'human'"),
+        ('flow.ask("Which?", by="me")', "none of 'anyone', 'agent', 'human'"),
     ],
 )
 async def test_a_mistaken_call_is_refused_by_name(house: House, call: str, why: str) -> None:

@@ -26,13 +26,13 @@ from mcp_flow.page.guard import (
     aside,
     clean,
     gone,
+    is_secret_field,
     read_secrets,
     shortened,
     shown_url,
 )
 from mcp_flow.page.settle import Traffic, settled, traffic_of
 from mcp_flow.page.statements import escaped, literal, literals, opening
-from mcp_flow.secrets import SECRET_FIELDS
 
 ACTION_SECONDS = 5.0
 """How long one action may take, its waiting for the element to be ready for it included."""
@@ -652,7 +652,7 @@ class _Hands:
     async def _is_secret(self, locator: Locator, action: Action) -> bool:
         if action.op not in ("fill", "type", "press"):
             return False
-        return await locator.and_(self._page.locator(SECRET_FIELDS)).count() > 0
+        return await is_secret_field(self._page, locator)
 
     async def _known_secrets(self) -> Secrets:
         return self._secrets if self._secrets is not None else await read_secrets(self._page)
