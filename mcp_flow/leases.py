@@ -106,7 +106,8 @@ class Leases:
     async def _report(self, worker: str, stack: str, silent: float) -> None:
         """Journal at which line of its own code a run keeps its worker, unless the worker has said so itself.
 
-        Before the worker is ended: once another has the run, it would be news of that one.
+        Of several runs that execute the same file each is told. Before the worker is ended: once another has the run,
+        it would be news of that one.
         """
         if not stack:
             return
