@@ -91,10 +91,10 @@ class App:
         return f"Pages left: {', '.join(living) or 'none'}. {shown}{back}"
 
     async def _gone(self, run: Run, name: str) -> PageGone:
-        return PageGone(
-            f"The page {name!r} of run {run.run_id} is gone: it was closed or has crashed, or its browser has ended. "
-            + await self.left(run, name)
-        )
+        what = "gone: it was closed or has crashed, or its browser has ended"
+        if run.parked_since:
+            what = "parked: its run waited for longer than its hold and gave it up"
+        return PageGone(f"The page {name!r} of run {run.run_id} is {what}. {await self.left(run, name)}")
 
     async def _attached(self, run: Run, target_id: str) -> Page | None:
         """The page with this target id on a connection of its own, if it is open."""

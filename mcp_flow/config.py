@@ -147,6 +147,14 @@ def check_id(value: str, what: str) -> str:
     return value
 
 
+def keep_compiled(settings: Settings) -> None:
+    """Have this process' Playwright drivers keep what Node.js compiles: the next ones start in two thirds of the time.
+
+    https://nodejs.org/api/module.html#module-compile-cache
+    """
+    os.environ.setdefault("NODE_COMPILE_CACHE", str(settings.home / "cache"))
+
+
 def private_folder(path: Path) -> Path:
     """`path`, made if need be, 0700; raises `FlowError` when it can't be made or written to."""
     try:

@@ -18,7 +18,7 @@ from mcp.server.mcpserver import RequestStateSecurity
 from mcp.server.mcpserver.prompts.base import Prompt, PromptArgument
 
 from mcp_flow import __version__
-from mcp_flow.config import Settings
+from mcp_flow.config import Settings, keep_compiled
 from mcp_flow.errors import FlowError
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ def _renderer(body: str, arguments: list[PromptArgument]) -> Callable[..., Await
 async def serve_stdio(settings: Settings) -> None:
     """Speak MCP over stdio until the input ends or SIGTERM or SIGINT comes. Runs don't notice the end of it."""
     os.umask(0o077)
+    keep_compiled(settings)
     closed = anyio.Event()
     server = build(settings, closed)
     async with anyio.create_task_group() as tasks:

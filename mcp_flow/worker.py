@@ -31,7 +31,7 @@ from mcp_flow.browser import host as hosts
 from mcp_flow.browser import proxy
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, close_context, sweep
-from mcp_flow.config import Settings, private_folder
+from mcp_flow.config import Settings, keep_compiled, private_folder
 from mcp_flow.definition import Workflow, workflows_in
 from mcp_flow.errors import (
     BrokenWorkflow,
@@ -679,6 +679,7 @@ async def serve(settings: Settings, worker_id: str | None = None, ready_fd: int 
     """The body of `mcp-flow worker`."""
     log_to_stderr(settings)
     os.umask(0o077)
+    keep_compiled(settings)
 
     def ready() -> None:
         if ready_fd is not None:

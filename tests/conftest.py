@@ -17,6 +17,9 @@ from mcp_flow.store import Store
 # The pages of the tests are on loopback addresses, which no run reaches unless they are named.
 os.environ.setdefault("MCP_FLOW_ALLOW_ORIGINS", "* http://127.0.0.1:* http://localhost:*")
 
+# Every test has a home folder of its own, and with it would have an empty cache.
+os.environ.setdefault("NODE_COMPILE_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "node"))
+
 # A slow machine is no failure, and examples that failed belong into a test, not into a folder.
 hypothesis.settings.register_profile("repository", deadline=None, database=None, max_examples=50)
 hypothesis.settings.load_profile("repository")

@@ -136,7 +136,9 @@ async def test_runs_that_wait_or_failed_are_parked_without_a_worker_or_a_page_an
             assert view["page"]["state"] == "parked"
             assert view["page"]["since"]
             assert view["page"]["url"] == f"{site.url}/cart"
-        assert "rebuilds it" in await refusal(client, "snapshot", run_id=waiting[0])
+        said = await refusal(client, "snapshot", run_id=waiting[0])
+        assert "is parked" in said
+        assert "rebuilt when the run goes on: approve(" in said
     house.work()
     house.edit("lambda: 1 / 0", "lambda: 1")
     for request in requests:

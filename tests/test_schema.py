@@ -50,7 +50,7 @@ async def test_a_home_folder_of_schema_1_has_all_that_it_had(old_home: Settings)
         assert [(row.run_id, row.workflow, row.status, row.owner, row.why) for row in rows] == [
             ("queued", "sell", "queued", None, None),
             ("cancelled", "sell", "cancelled", None, "enough"),
-            ("failed", "buy", "failed", None, "no such button"),
+            ("failed", "buy", "failed", None, "ValueError: no such button"),
             ("asking", "buy", "waiting-approval", "w-1", "Pay?"),
         ]
         assert [await store.verify(row.run_id) for row in rows] == [1, 2, 5, 11]

@@ -237,7 +237,7 @@ async def _browser(settings: Settings, headless: bool, scratch: Path) -> AsyncIt
     # Imported here, because most hosts that start lose the race for the lock and never need it.
     from playwright.async_api import Error, async_playwright
 
-    found = await anyio.to_thread.run_sync(launch.find, settings)
+    found = await anyio.to_thread.run_sync(launch.find, settings, headless)
     if not headless and sys.platform != "darwin" and not (os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
         raise BrowserUnavailable(
             "A browser with a window needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set: "
@@ -246,6 +246,7 @@ async def _browser(settings: Settings, headless: bool, scratch: Path) -> AsyncIt
     # The driver takes these from the environment alone; by default it leaves files in the user's cache folder.
     os.environ |= {"TMPDIR": str(scratch), "PWTEST_SOCKETS_DIR": str(scratch)}
     os.environ["PWTEST_SERVER_REGISTRY"] = str(scratch / "registry")
+    config.keep_compiled(settings)
     async with async_playwright() as playwright:
         try:
             browser = await playwright.chromium.launch(

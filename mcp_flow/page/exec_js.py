@@ -42,7 +42,8 @@ class Evaluation:
     texts of functions and descriptions of nodes in it end with a `…`, or symbols that are keys are missing.
     `navigated` is the new URL if the code made the page navigate; `ms` is how long the code took, in milliseconds.
     `dialogs` says of each dialog that the code opened what it asked and how it was closed; `unheard` is how many
-    more console lines there were than `console` has. All of it but the figures is text of the page.
+    more console lines there were than `console` has. All of it but the figures is text of the page, without
+    `secrets`: those that the caller named, and what the page's secret fields held before and after.
     """
 
     value: Any
@@ -54,7 +55,7 @@ class Evaluation:
     dialogs: tuple[str, ...] = ()
     abridged: bool = False
     unheard: int = 0
-    shown_code: str = field(default="", compare=False)
+    secrets: Secrets = field(default=Secrets(), compare=False, repr=False)
 
 
 async def evaluate(
@@ -315,7 +316,7 @@ class _Attempt:
             _lines(list(map(str, seen.dialogs)), secrets),
             bool(packed["s"]),
             max(0, len(seen.console) - MAX_CONSOLE),
-            secrets.hide(self.code),
+            secrets,
         )
 
     async def _secrets_now(self) -> Secrets:

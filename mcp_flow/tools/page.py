@@ -85,6 +85,7 @@ async def exec_js(
 ) -> CallToolResult:
     """Evaluate JavaScript in the run's page. read can't change the page; write only while the run does not run."""
     from mcp_flow.page.exec_js import evaluate
+    from mcp_flow.page.statements import evaluation
 
     app = await state.app(ctx)
     run = await app.control.run(run_id)
@@ -104,7 +105,7 @@ async def exec_js(
             if mode == "write":
                 await app.control.check_page(run_id, AGENT)
             async with app.page(run, page) as live:
-                lines = await _evaluation(app, run, live, page, code, ref, locator) if mode == "write" else ()
+                found = await _found(run, live, page, ref, locator) if mode == "write" else None
                 result = await evaluate(
                     live,
                     code,
@@ -123,9 +124,11 @@ async def exec_js(
                 said = error.shown_code if isinstance(error, EvaluationError) else code
                 await app.control.note_evaluation(run_id, AGENT, said, mode, f"{type(error).__name__}: {error}")
             raise
-        await app.control.note_evaluation(run_id, AGENT, result.shown_code, mode, result.type)
-        if lines:
-            await app.control.note_actions(run_id, AGENT, lines, "exec_js")
+        await app.control.note_evaluation(run_id, AGENT, result.secrets.hide(code), mode, result.type)
+        if found:
+            named = result.secrets.hide((await _mask(app, run))(code))
+            statement = evaluation(found, named, bound=ref is not None or locator is not None)
+            await app.control.note_actions(run_id, AGENT, _lines(run, page, (statement,)), "exec_js")
     return answer(shown(result, run_id, run.status, max_chars, state.following(app, run)))
 
 
@@ -268,23 +271,19 @@ def _lines(run: Run, page: str, statements: tuple[str, ...]) -> tuple[str, ...]:
     return (*made, *map(within, statements))
 
 
-async def _evaluation(
-    app: App, run: Run, live: Page, page: str, code: str, ref: str | None, locator: str | None
-) -> tuple[str, ...]:
-    """The lines that evaluate in a workflow what is about to be evaluated by hand."""
+async def _found(run: Run, live: Page, page: str, ref: str | None, locator: str | None) -> str | None:
+    """How a workflow finds what is about to be evaluated by hand: the page, or an element of it that is there."""
     from playwright.async_api import Error
 
     from mcp_flow.page.guard import aside
-    from mcp_flow.page.statements import escaped, evaluation, literal
+    from mcp_flow.page.statements import escaped, literal
 
     found, _ = _variable(run, page)
     if locator is not None:
-        found += f".locator({literal(locator)})"
-    elif ref is not None:
-        try:
-            found += f".{escaped(str(await aside(live, live.get_by_ref(ref).normalize)))}"
-        except Error:  # there is no such element, which the evaluation says
-            return ()
-    mask = await _mask(app, run)
-    statement = evaluation(found, mask(code), bound=ref is not None or locator is not None)
-    return _lines(run, page, (statement,))
+        return f"{found}.locator({literal(locator)})"
+    if ref is None:
+        return found
+    try:
+        return f"{found}.{escaped(str(await aside(live, live.get_by_ref(ref).normalize)))}"
+    except Error:  # there is no such element, which the evaluation says
+        return None

@@ -24,6 +24,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setattr(launch, "PLACES", ())
+    monkeypatch.setattr(launch, "SHELL_PLACES", ())
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path / "browsers"))
     # Playwright's own attempts to download take seconds to fail.
@@ -62,6 +63,13 @@ def test_a_program_that_is_no_browser_is_passed_over(plain: Settings, bare_machi
     assert launch.find(plain).name == "Edge 99"
 
 
+def test_a_headless_shell_is_taken_where_no_window_is_asked_for(plain: Settings, bare_machine: Path) -> None:
+    program(bare_machine / "chromium", "echo Chromium 1")
+    shell = program(bare_machine / "chromium-headless-shell", "echo Shell 1")
+    assert launch.find(plain, headless=True) == launch.FoundBrowser(str(shell), "Shell 1")
+    assert launch.find(plain, headless=False).name == "Chromium 1"
+
+
 def test_playwrights_own_is_found_without_its_driver(plain: Settings, bare_machine: Path) -> None:
     for folder, name in zip(launch._own_folders(), ("chrome", "chrome-headless-shell"), strict=True):
         (folder / "chrome-linux64").mkdir(parents=True)
@@ -70,17 +78,20 @@ def test_playwrights_own_is_found_without_its_driver(plain: Settings, bare_machi
     assert launch.find(plain) == launch.FoundBrowser(None, "Chrome for Testing 159 (Playwright's)")
 
 
-def test_installing_falls_back_to_the_distributions_package(bare_machine: Path) -> None:
+@pytest.mark.parametrize("offered", [["chromium"], ["chromium", "chromium-headless-shell"]])
+def test_installing_falls_back_to_the_distributions_packages(bare_machine: Path, offered: list[str]) -> None:
     program(bare_machine / "env", 'export "$1"; shift; exec "$@"')
     program(bare_machine / "sudo", 'shift; exec "$@"')
     program(bare_machine / "true", "exit 0")
     program(
         bare_machine / "apt-get",
         f'[ "$DEBIAN_FRONTEND" = noninteractive ] || exit 1; [ "$1" = update ] && exit\n'
-        f"printf '#!/bin/sh\\necho Chromium 1\\n' > {bare_machine}/chromium; /bin/chmod 755 {bare_machine}/chromium",
+        f'case " {" ".join(offered)} " in *" $4 "*) ;; *) exit 1;; esac\n'
+        f'printf "#!/bin/sh\\necho $4 1\\n" > {bare_machine}/$4; /bin/chmod 755 {bare_machine}/$4',
     )
     reports: list[str] = []
-    assert launch.install(reports.append) == launch.FoundBrowser(str(bare_machine / "chromium"), "Chromium 1")
+    name = offered[-1]
+    assert launch.install(reports.append) == launch.FoundBrowser(str(bare_machine / name), f"{name} 1")
     assert any("apt-get" in line for line in reports)
 
 

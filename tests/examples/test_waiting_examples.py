@@ -13,6 +13,7 @@ from mcp import Client
 from mcp_flow import config
 from mcp_flow import events as ev
 from mcp_flow.config import Settings
+from mcp_flow.control import Sent
 from mcp_flow.server import build
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -105,8 +106,9 @@ async def test_parcel_is_parked_and_woken_by_its_event_after_two_days(tmp_path: 
         ahead = timedelta(days=2)
         await house.working()
         await house.event(run_id, ev.RunParked)
-        assert await house.control.send_event("delivered", {"parcel": "P-2", "received_by": "Bob"}, AGENT) == []
-        assert await house.control.send_event("delivered", {"parcel": "P-1", "received_by": "Ada"}, AGENT) == [run_id]
+        assert await house.control.send_event("delivered", {"parcel": "P-2", "received_by": "Bob"}, AGENT) == Sent()
+        sent = await house.control.send_event("delivered", {"parcel": "P-1", "received_by": "Ada"}, AGENT)
+        assert sent.took == (run_id,)
         await house.until(run_id, "waiting-timer", seconds=30)
         ahead += timedelta(seconds=60)
         await house.control.keep_awake()
