@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import journal
+import pages
 import processes
 import survival
 import waits
@@ -41,6 +42,11 @@ BENCHMARKS = {
     "waits": survival.bench_waits,
     "commands": survival.bench_commands,
     "checkpoints": survival.bench_checkpoints,
+    "looks": pages.bench_looks,
+    "evaluation": pages.bench_evaluation,
+    "acting": pages.bench_acting,
+    "calls": pages.bench_calls,
+    "hijack": pages.bench_hijack,
 }
 
 

@@ -417,7 +417,7 @@ async def bench_checkpoints(folder: Path, quick: bool, profile: bool) -> tuple[l
         await keep(pages)
 
     try:
-        async with _site() as url, home.worker():
+        async with site(SITE) as url, home.worker():
             Pages._save = counted  # type: ignore[method-assign]
             for number in range(rounds):
                 for name, times in (("kept", with_keeping), ("unkept", without)):
@@ -453,17 +453,18 @@ async def bench_checkpoints(folder: Path, quick: bool, profile: bool) -> tuple[l
 SITE = b"""<title>clicks</title><button onclick="
   localStorage.setItem('clicks', ++count); document.cookie = 'clicks=' + count; this.textContent = count
 ">0</button><script>count = 0</script>"""
+"""A page whose button changes cookies and storage."""
 
 
 @contextlib.asynccontextmanager
-async def _site() -> AsyncIterator[str]:
-    """A page whose button changes cookies and storage."""
+async def site(content: bytes) -> AsyncIterator[str]:
+    """The address of a page that has this content."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while await reader.readuntil(b"\r\n\r\n"):
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(SITE))
-                writer.write(SITE)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(content))
+                writer.write(content)
                 await writer.drain()
         writer.close()
 

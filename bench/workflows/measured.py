@@ -187,3 +187,32 @@ async def clicker(flow: Flow, url: str, clicks: int) -> list[float]:
     for _ in range(5):
         await page.context.storage_state()
     return [bare / clicks, stepped / clicks, (time.perf_counter() - began) / 5]
+
+
+@workflow(allow_origins=HERE)
+async def paused_page(flow: Flow, url: str) -> None:
+    """A page that waits for somebody."""
+    page = await flow.page()
+    await page.goto(url)
+    await flow.pause("look")
+
+
+async def click_on(page: Any, selector: str) -> None:
+    """A step that clicks without end."""
+    while True:
+        await page.locator(selector).click()
+
+
+@workflow(allow_origins=HERE)
+async def clicking(flow: Flow, url: str, selector: str) -> None:
+    """A page, and a step that acts on it all the time."""
+    page = await flow.page()
+    await page.goto(url)
+    await flow.step("click", click_on, page, selector)
+
+
+@workflow
+async def stepping(flow: Flow) -> None:
+    """Short steps without end, and no page."""
+    for number in count():
+        await flow.step(f"step {number}", asyncio.sleep, 0.02)
