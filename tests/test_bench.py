@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).parent.parent / "bench" / "run.py"
-NAMES = ("steps", "replay", "concurrent", "answers", "timers", "pending", "initialize", "page", "commands")
+NAMES = (
+    *("steps", "replay", "concurrent", "answers", "timers", "pending", "initialize", "page", "commands"),
+    *("looks", "evaluation", "acting"),
+)
 ROWS = (
     "durable step, 200 in sequence",
     "last tenth of them against the first",
@@ -28,6 +31,12 @@ ROWS = (
     "process start to initialize reply",
     "one-page run, start_run to finished",
     "command in one process, next step in another",
+    "first look, 200 links, 50 inputs",
+    "look after one action",
+    'look, mode="interactive"',
+    "recall from the outline",
+    "exec_js, 200 links, 50 inputs",
+    "act click to answer, 200 links, 50 inputs",
 )
 
 
