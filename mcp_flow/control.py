@@ -219,8 +219,7 @@ class Control:
             anew = not executing and (
                 run.error is not None
                 or bool(resets)
-                or (run.idle and changed)
-                or (bool(answers) and changed)
+                or (changed and (run.idle or run.owner is None or bool(answers)))
                 or (lost and not run.idle)
                 or run.on_hold
             )

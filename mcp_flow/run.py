@@ -178,6 +178,8 @@ class Run:
     owner: str | None = None
     taken_from: str | None = None
     """The owner that the present one took the run from, because its lease was over."""
+    left_by: str | None = None
+    """The owner that was let go of because its lease was over, as long as nobody else has the run."""
     attempt: int = 0
     active: bool = False
     idle: bool = False
@@ -618,9 +620,11 @@ class Run:
             case ev.RunClaimed() as event:
                 assert recorded.epoch is not None
                 self.crashes = self.crashes + 1 if self.owner and not self.ended else 0
-                self.taken_from = self.owner
+                self.taken_from, self.left_by = self.owner or self.left_by, None
                 self.epoch, self.owner, self.active = recorded.epoch, event.worker, False
             case ev.RunReleased() | ev.RunOrphaned():
+                # One that was let go of is not told of it, and may still act on the page.
+                self.left_by = self.owner if isinstance(recorded.event, ev.RunOrphaned) else None
                 self.owner, self.active = None, False
             case ev.RunParked():
                 self.owner, self.active, self.parked_since = None, False, recorded.at

@@ -316,6 +316,7 @@ class _Transaction:
             self._projected[run.run_id] = row
             if run.ended:
                 self._erase_secrets(number)
+                self._drop_checkpoint(number, run)
         # Looking at all of them each time would make a run of many questions quadratic.
         whole = not before or run.ended
         for request_id in run.requests if whole else self._requests.get(run.run_id, ()):
@@ -337,6 +338,13 @@ class _Transaction:
         secret = "DELETE FROM secret_answers WHERE run = ? AND ref != ''"
         if self.execute(secret, (number,)).rowcount > 0:
             self.note_erased(number)
+
+    def _drop_checkpoint(self, number: int, run: Run) -> None:
+        """Forget what an ended run's pages held: cookies and places outlive no run."""
+        dropped = self.execute("DELETE FROM checkpoints WHERE run = ?", (number,)).rowcount
+        asked = (request.opened for request in run.requests.values() if request.status == "answered")
+        if dropped > 0 and any(secret_places(opened.answer_schema) for opened in asked):
+            self.note_erased(number)  # a page may have shown, or kept, what it was given
 
     def note_erased(self, number: int) -> None:
         """Note, in the very transaction, that the log holds what a run has erased."""
@@ -972,18 +980,6 @@ class Store:
         sql = "SELECT places, data FROM checkpoints WHERE run = ?"
         row = await self._read(lambda: self._tx.execute(sql, (self._tx.number(run_id),)).fetchone())
         return (row[0], row[1]) if row else None
-
-    async def drop_checkpoint(self, run_id: str) -> None:
-        """Forget what an ended run's pages held: cookies and places outlive no run."""
-
-        def body() -> None:
-            number, _, run = self._tx.fold(run_id)
-            dropped = self._tx.execute("DELETE FROM checkpoints WHERE run = ?", (number,)).rowcount
-            asked = (request.opened for request in run.requests.values() if request.status == "answered")
-            if dropped > 0 and any(secret_places(opened.answer_schema) for opened in asked):
-                self._tx.note_erased(number)  # a page may have shown, or kept, what it was given
-
-        await self._thread.write(body)
 
     async def answer_with_secrets(
         self, run_id: str, plan: Callable[[Run], Sequence[ev.Event]], secrets: Mapping[str, str]

@@ -391,8 +391,7 @@ class Worker:
         return run.idle
 
     async def _let_go(self, run: Run, epoch: int) -> None:
-        """Forget what an ended run's pages held, and say that nobody has it any more."""
-        await self._store.drop_checkpoint(run.run_id)
+        """Say that nobody has an ended run any more."""
         if run.awaits_owner:
             await self._append_quietly(run, ev.RunReleased(reason=f"it is {run.status}"), epoch)
         self._announce(run.run_id)

@@ -127,8 +127,9 @@ async def test_an_interrupted_run_that_nobody_takes_up_can_be_cancelled_page_and
         run = await house.control.run(cancelled)
     assert not run.pages
     house.open("end")
+    house.edit("return flow.attempt", "return flow.attempt + 40")
     await house.resume(taken)
-    assert await house.finished(taken) == 2
+    assert await house.finished(taken) == 42
 
 
 # --- a loop that stands still ---

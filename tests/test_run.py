@@ -512,6 +512,8 @@ def test_a_claim_says_from_whom_the_run_was_taken() -> None:
     assert run_after(*OWNED).taken_from is None
     assert run_after(*RUNNING, second).taken_from == "w1"
     assert run_after(*RUNNING, (RELEASED, 1), second).taken_from is None
+    assert run_after(*RUNNING, (ORPHANED, None), second).taken_from == "w1"
+    assert run_after(*RUNNING, (ORPHANED, None), second, (ev.RunClaimed(worker="w3"), 3)).taken_from == "w2"
     assert run_after(*RUNNING, second, (ev.RunClaimed(worker="w3"), 3)).taken_from == "w2"
 
 
