@@ -62,10 +62,10 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 async def aside(page: Page, call: Callable[[], Awaitable[T]]) -> T:
-    """The result of `call`, none of whose Playwright calls a requested debugger pause takes for the workflow's.
+    """The result of `call`, whose Playwright calls go through where those of the workflow are held.
 
-    A pause requested on a context stops the next call of any client, `locator.count()` of a mere look too; the
-    look would hang and the workflow run on. Only calls that Playwright holds for internal are let through.
+    The gate of a hijacked run (`browser/gate.py`) holds all that its connection asks, a look of ours over it too, but
+    for what Playwright takes for internal.
     """
 
     async def outcome() -> tuple[T, None] | tuple[None, Exception]:
