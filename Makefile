@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+# The suite starts a thousand processes; each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup browser check test demo demo-repair bench soak matrix format clean
 .DEFAULT_GOAL := help
 

@@ -300,6 +300,8 @@ class Attempt:
         """End the attempt, because its pages are gone: the next one rebuilds them."""
         if not self._closed:
             self._closed = True
+            # However short they were: whoever reads of the loss wants to know under which steps it was.
+            self._write_starts()
             self.suspending = asyncio.create_task(self.suspend(self.settings.grace, lost=what))
 
     def _interrupt(self, error: StoreError) -> None:

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
-from sqlite_utils import Database, Migrations
-
 from mcp_flow import events as ev
 from mcp_flow.commits import CommitThread, WriteLock
 from mcp_flow.config import Settings, check_id, private_folder
@@ -45,54 +43,6 @@ EMPTY_WITHIN = 200
 EMPTY_EVERY = 1.0
 """Seconds between two attempts at that."""
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "fuse.sshfs", "ceph"}
-
-migrations = Migrations("mcp-flow")
-
-
-@migrations()
-def m001_journal(db: Database) -> None:
-    """The journal, and what is kept beside it."""
-    for statement in _JOURNAL.split(";\n"):
-        db.execute(statement)
-
-
-@migrations()
-def m002_places(db: Database) -> None:
-    """Where a run's pages are, apart from their storage; whose loop stands still; since when a page is held."""
-    db.execute("ALTER TABLE checkpoints ADD COLUMN places TEXT NOT NULL DEFAULT '{}'")
-    db.execute(
-        "UPDATE checkpoints SET places = ifnull(json_extract(data, '$.urls'), '{}'), data = json_remove(data, '$.urls')"
-    )
-    db.execute("ALTER TABLE beats ADD COLUMN silent REAL NOT NULL DEFAULT 0")
-    for table in ("run_rows", "request_rows"):  # `_Connection.open` makes them anew
-        db.execute(f"DROP TABLE IF EXISTS {table}")
-
-
-@migrations()
-def m003_waits(db: Database) -> None:
-    """Secrets that were given as answers, events that were sent to whoever waits, and until when a page is held."""
-    db.execute(
-        "CREATE TABLE secret_answers (run INTEGER NOT NULL REFERENCES journals(no), ref TEXT NOT NULL,"
-        " value TEXT NOT NULL, PRIMARY KEY (run, ref)) WITHOUT ROWID"
-    )
-    db.execute("CREATE TABLE sent_events (key TEXT PRIMARY KEY, at TEXT NOT NULL, sent TEXT NOT NULL) WITHOUT ROWID")
-    db.execute("DROP TABLE IF EXISTS run_rows")  # `_Connection.open` makes it anew
-
-
-_JOURNAL = """
-CREATE TABLE journals (no INTEGER PRIMARY KEY, run_id TEXT NOT NULL UNIQUE);
-CREATE TABLE events (
-  run INTEGER NOT NULL REFERENCES journals(no), seq INTEGER NOT NULL, at TEXT NOT NULL, epoch INTEGER,
-  type TEXT NOT NULL, data TEXT NOT NULL, hash BLOB NOT NULL, PRIMARY KEY (run, seq)
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX one_result ON events (run, data ->> 'key', ifnull(data ->> 'generation', 0))
-  WHERE type = 'step.finished';
-CREATE UNIQUE INDEX one_request ON events (run, data ->> 'key', ifnull(data ->> 'generation', 0), data ->> 'request_id')
-  WHERE type = 'request.opened';
-CREATE TABLE revisions (hash TEXT PRIMARY KEY, entry TEXT NOT NULL, files BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE checkpoints (run INTEGER PRIMARY KEY REFERENCES journals(no), at TEXT NOT NULL, data TEXT NOT NULL);
-CREATE TABLE beats (worker TEXT PRIMARY KEY, pid INTEGER NOT NULL, beat INTEGER NOT NULL) WITHOUT ROWID
-"""
 
 _PROJECTIONS = """
 CREATE TABLE IF NOT EXISTS run_rows (
@@ -388,7 +338,10 @@ class _Connection:
             if version < SCHEMA_VERSION:
                 # All or nothing: a crash in between must leave a database of the older schema.
                 conn.execute("BEGIN IMMEDIATE")
-                migrations.apply(Database(conn))
+                # A quarter of the time that a process needs to start, for what is to be done once.
+                from mcp_flow import schema
+
+                schema.migrate(conn)
                 self.rebuild()
                 conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 conn.execute("COMMIT")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 from clocks import Clock
 
-from mcp_flow import config
+from mcp_flow import catalog, config
 from mcp_flow.config import Settings
 from mcp_flow.store import Store
 
 # The pages of the tests are on loopback addresses, which no run reaches unless they are named.
 os.environ.setdefault("MCP_FLOW_ALLOW_ORIGINS", "* http://127.0.0.1:* http://localhost:*")
+
+# The processes of the tests are many; each would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Every test has a home folder of its own, and with it would have an empty cache.
 os.environ.setdefault("NODE_COMPILE_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "node"))
@@ -28,6 +31,42 @@ hypothesis.settings.load_profile("repository")
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+class SharedChild(catalog._Child):
+    """A child that reads workflow files for many readers; none of them ends it."""
+
+    def end(self) -> None:
+        """Leave it to the others."""
+
+
+@pytest.fixture(scope="session")
+def shared_child() -> Iterator[Callable[[], SharedChild]]:
+    """The child that is shared, another once it has died."""
+    start, shared = catalog._Child.start, list[SharedChild]()
+
+    def started() -> SharedChild:
+        if not shared or shared[0].control.fileno() < 0 or shared[0].process.poll() is not None:
+            child = start()
+            shared[:] = [SharedChild(child.process, child.control)]
+        return shared[0]
+
+    yield started
+    for child in shared:
+        catalog._Child.end(child)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_reader(request: pytest.FixtureRequest, shared_child: Callable[[], SharedChild]) -> Iterator[None]:
+    """One child reads the workflow files of all homes, because its start takes longer than most tests.
+
+    It forks for each file that it reads, and nothing of one is left in it for the next. Not for modules that are about
+    the child itself and say `OWN_READER`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "OWN_READER", False):
+            patch.setattr(catalog._Child, "start", shared_child)
+        yield
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ from mcp_flow.scan import notes
 
 Write = Callable[..., Path]
 
+OWN_READER = True
+"""These tests are about the child."""
+
 HELLO = """
     from mcp_flow import workflow
 
