@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,17 +13,12 @@ from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent
 from pydantic import Field
 
 from mcp_flow.errors import EvaluationError, FlowError, NotAllowed, PageGone
-from mcp_flow.secrets import HIDDEN, masked
-from mcp_flow.tools import state
+from mcp_flow.tools import recording, state
 from mcp_flow.tools.register import answer
 from mcp_flow.tools.runs import AGENT, Wait
 
 if TYPE_CHECKING:
-    from playwright.async_api import Page
-
-    from mcp_flow.app import App
     from mcp_flow.page.exec_js import Evaluation
-    from mcp_flow.run import Run
 
 MaxChars = Annotated[int, Field(ge=500, le=100_000)]
 
@@ -105,7 +99,7 @@ async def exec_js(
             if mode == "write":
                 await app.control.check_page(run_id, AGENT)
             async with app.page(run, page) as live:
-                found = await _found(run, live, page, ref, locator) if mode == "write" else None
+                found = await recording.element_of(run, live, page, ref, locator) if mode == "write" else None
                 result = await evaluate(
                     live,
                     code,
@@ -126,9 +120,9 @@ async def exec_js(
             raise
         await app.control.note_evaluation(run_id, AGENT, result.secrets.hide(code), mode, result.type)
         if found:
-            named = result.secrets.hide((await _mask(app, run))(code))
+            named = result.secrets.hide((await recording.mask_of(app, run))(code))
             statement = evaluation(found, named, bound=ref is not None or locator is not None)
-            await app.control.note_actions(run_id, AGENT, _lines(run, page, (statement,)), "exec_js")
+            await app.control.note_actions(run_id, AGENT, recording.lines_of(run, page, (statement,)), "exec_js")
     return answer(shown(result, run_id, run.status, max_chars, state.following(app, run)))
 
 
@@ -210,16 +204,16 @@ async def act(
                 actions,
                 observe=observe,
                 known=app.looks.known(key),
-                mask=await _mask(app, run),
+                mask=await recording.mask_of(app, run),
                 folders=folders,
                 look=f"{call})",
-                name=_variable(run, page)[0],
+                name=recording.variable_of(run, page)[0],
                 take=partial(app.control.take_page, run_id, AGENT, "act"),
                 explain=partial(app.explain, run),
                 left=partial(app.left, run, page),
             )
         outcome = f"{type(acted.error).__name__}: {acted.error}" if acted.error else ", ".join(acted.done)
-        acted = replace(acted, python=_lines(run, page, acted.python))
+        acted = replace(acted, python=recording.lines_of(run, page, acted.python))
         await app.control.note_actions(run_id, AGENT, acted.python, outcome)
     if acted.error:
         raise acted.error
@@ -237,53 +231,3 @@ async def hijack(
     app = await state.app(ctx)
     await app.control.hijack(run_id, AGENT, reason, holder)
     return answer(await state.watched(ctx, app, run_id, wait_s))
-
-
-async def _mask(app: App, run: Run) -> Callable[[str], str]:
-    """Replaces secrets by their names, and hides those that were given as answers: authors have no name for them."""
-    known, answers = await app.secrets_of(run), await app.store.secret_answers(run.run_id)
-
-    def mask(text: str) -> str:
-        text = masked(text, known)
-        for reference in answers:
-            text = text.replace(f"[secret {reference}]", HIDDEN)
-        return text
-
-    return mask
-
-
-def _variable(run: Run, page: str) -> tuple[str, str | None]:
-    """What a page is called in the lines for the workflow, and the line that makes it so unless one before does."""
-    from mcp_flow.page.statements import OPENED, variable
-
-    popups = [name for name in run.pages if name.startswith("popup-")]
-    if popups[-1:] == [page] and any(line.endswith(OPENED) for line in run.by_hand):
-        return "popup", None
-    return variable(page)
-
-
-def _lines(run: Run, page: str, statements: tuple[str, ...]) -> tuple[str, ...]:
-    """Statements as they are recorded: none too long, the page's variable made before its first use."""
-    from mcp_flow.page.statements import within
-
-    _, making = _variable(run, page)
-    made = [making] if making and statements and making not in run.by_hand else []
-    return (*made, *map(within, statements))
-
-
-async def _found(run: Run, live: Page, page: str, ref: str | None, locator: str | None) -> str | None:
-    """How a workflow finds what is about to be evaluated by hand: the page, or an element of it that is there."""
-    from playwright.async_api import Error
-
-    from mcp_flow.page.guard import aside
-    from mcp_flow.page.statements import escaped, literal
-
-    found, _ = _variable(run, page)
-    if locator is not None:
-        return f"{found}.locator({literal(locator)})"
-    if ref is None:
-        return found
-    try:
-        return f"{found}.{escaped(str(await aside(live, live.get_by_ref(ref).normalize)))}"
-    except Error:  # there is no such element, which the evaluation says
-        return None
