@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import AsyncIterator
 
 import pytest
 from playwright.async_api import Browser, Page, async_playwright
+
+from mcp_flow import config
+from mcp_flow.browser import launch
 
 VIEWPORT = {"width": 800, "height": 600}
 
 
 @pytest.fixture(scope="session")
 async def browser() -> AsyncIterator[Browser]:
-    names = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser", "microsoft-edge")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    sandbox = [] if os.geteuid() else ["--no-sandbox"]
+    found = launch.find(config.load())
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=found, args=sandbox)
+        browser = await playwright.chromium.launch(executable_path=found.path, args=launch.arguments())
         yield browser
         await browser.close()
 
