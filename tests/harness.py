@@ -40,7 +40,7 @@ import asyncio, dataclasses, functools, os, threading, time
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from pydantic import BaseModel
-from mcp_flow import *
+from mcp_flow import Decision, Denied, Flow, FlowError, Retriable, workflow
 
 HERE = Path(__file__).with_suffix("")
 
