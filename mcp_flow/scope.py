@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -37,7 +38,9 @@ class Scope:
 
     def __exit__(self, *_: object) -> None:
         if self._token is not None:
-            _current.reset(self._token)
+            # A coroutine that is dropped while it waits is ended by the collector, in whatever context that runs.
+            with suppress(ValueError):
+                _current.reset(self._token)
 
     async def __aenter__(self) -> Scope:
         return self.__enter__()

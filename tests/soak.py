@@ -296,6 +296,9 @@ class Soak:
             word in text for word in ("already", "withdrawn", "no longer", "finished")
         ):
             self.count["answers that came second"] += 1
+        elif tool == "get_run" and "There is no run" in text:
+            # The other client is starting it, or its server died over that; one that never comes is missed at the end.
+            self.count["runs looked for too soon"] += 1
         else:
             self.count["refusals"] += 1
             self.wrong.append(f"{tool}({arguments}): {text}")

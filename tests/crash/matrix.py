@@ -323,6 +323,9 @@ def _boundaries(commits: Sequence[Sequence[Committed]]) -> list[Boundary]:
     for events in commits:
         met.update(event.label for event in events)
         last = events[-1]
+        # What a stop leaves is kept only if nobody has answered by then.
+        if last.label.startswith("artifact.kept stop-"):
+            continue
         # Whether a plain step's start is a transaction of its own is a matter of time; that of a slow one always is.
         if last.kind not in ("step.started plain", "step.started restore") or last.label == f"step.started {SLOW}#1":
             found.append(Boundary(last.label, met[last.label], last.kind))

@@ -45,13 +45,18 @@ class Eyes:
         return await look(self.page, **(given | options))
 
     async def follow(self, **options: Any) -> tuple[list[Look], set[str]]:
-        """The looks that come of following every literal call from the first on, and the refs that they show."""
+        """The looks that come of following every literal call from the first on, and the refs that they show.
+
+        None of them may be longer than its own call allows.
+        """
         asked: set[str] = set()
         waiting = [options]
         seen = []
         refs: set[str] = set()
         while waiting:
-            answer = await self(**waiting.pop())
+            given = waiting.pop()
+            answer = await self(**given)
+            assert len(answer.text) <= given.get("max_chars", 8000), given
             seen.append(answer)
             refs |= refs_in(answer.text)
             for arguments in calls_in(answer.text):
