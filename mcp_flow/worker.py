@@ -100,6 +100,8 @@ class Worker:
         self._driver = Driver()
         self._attempts: dict[str, Attempt] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._taken: dict[str, int] = {}
+        """The last epoch of each run that was taken."""
         self._stopping = asyncio.Event()
         self._leases = Leases(settings, store)
         self._heart: _Heart | None = None
@@ -252,7 +254,13 @@ class Worker:
             self._suspect = None
 
     def take(self, run_id: str, epoch: int) -> None:
-        """Execute a run that is this worker's since `epoch`."""
+        """Execute a run that is this worker's since `epoch`; whoever comes second with that, or with less, is too late.
+
+        A run that is resumed in a program is claimed by its worker, and taken by whoever resumes it.
+        """
+        if self._taken.get(run_id, 0) >= epoch:
+            return
+        self._taken[run_id] = epoch
         task = asyncio.create_task(self._hold(run_id, epoch), name=f"run {run_id}")
         self._tasks[run_id] = task
         task.add_done_callback(partial(self._forget, run_id))

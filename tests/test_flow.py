@@ -995,3 +995,24 @@ async def test_a_cancelled_waiting_run_withdraws_its_requests(house: House) -> N
     run = await house.until(run_id, "cancelled")
     assert {request.status for request in run.requests.values()} == {"withdrawn"}
     assert await house.control.requests(run_id, [], 10, None) == []
+
+
+async def test_a_run_that_its_worker_has_already_is_not_executed_a_second_time(house: House) -> None:
+    run_id = await house.start(
+        """
+        @workflow
+        async def main(flow: Flow) -> int:
+            await flow.step("first", did, "first")
+            await flow.step("gate", until_open, "gate")
+            await flow.step("second", did, "second")
+            return flow.attempt
+        """
+    )
+    await house.event(run_id, ev.StepStarted, lambda event: event.key == "gate#1")
+    assert house._worker
+    house._worker[0].take(run_id, (await house.control.run(run_id)).epoch)
+    await house.control.wait(run_id, 0.2)  # for what a second execution would do
+    house.open("gate")
+    assert await house.finished(run_id) == 1
+    assert house.did() == ["first", "second"]
+    assert len(await house.events(run_id, ev.AttemptStarted)) == 1
