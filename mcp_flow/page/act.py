@@ -572,17 +572,21 @@ class _Hands:
     async def _by_ref(self, ref: str, action: Action) -> _Target:
         was = self._known(ref)
         found = self._page.get_by_ref(ref)
+        tries = [found]
         if was and was[1] and was[0] not in _NAMELESS:
             # A page that uses its elements again, in a list that scrolls, gives the one of this ref to another row.
-            found = found.and_(_named(self._page.main_frame, was[0], was[1]))
-        try:
-            count, target = await self._examined(found, action)
-        except PlaywrightError as error:
-            if "Invalid frame" not in error.message:
-                raise
-            count, target = 0, None
-        if count == 1 and target:
-            return target
+            # Roles and names of a whole page take long to find out, and only a shadow root's child has no parent.
+            near, anywhere = found.locator("xpath=.."), self._page.main_frame
+            tries = [_named(near, *was).and_(found), found.and_(_named(anywhere, *was))]
+        for one in tries:
+            try:
+                count, target = await self._examined(one, action)
+            except PlaywrightError as error:
+                if "Invalid frame" not in error.message:
+                    raise
+                continue
+            if count == 1 and target:
+                return target
         if not was:
             raise StaleRef(f"ref {ref} is not on the page, and the last look did not hold it.")
         role, name = was
@@ -665,8 +669,8 @@ class _Hands:
         return literal(HIDDEN if self._in_secret else masked)
 
 
-def _named(frame: Frame, role: str, name: str) -> Locator:
-    locator: Locator = frame.get_by_role(cast(Any, role), name=name, exact=True)
+def _named(within: Frame | Locator, role: str, name: str | None) -> Locator:
+    locator: Locator = within.get_by_role(cast(Any, role), name=name, exact=True)
     return locator
 
 

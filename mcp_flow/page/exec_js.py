@@ -24,12 +24,15 @@ SECONDS = 5.0
 """How long the page may take to answer before any code of the caller runs."""
 MAX_CONSOLE = 50
 MAX_CONSOLE_LINE = 500
+KEEP_SECONDS = 0.2
+"""How long an element that is not there is waited for before it is counted how many there are."""
 SOURCE = "exec_js"
 """The name under which stack traces show the evaluated code."""
 
 _SIDE_EFFECT = "EvalError: Possible side-effect in debug-evaluate"
 _NAVIGATING = ("Page.frameRequestedNavigation", "Page.navigatedWithinDocument")
 _EXACT = 2**53
+_KEEP = "(element, key) => void Object.defineProperty(globalThis, key, {value: element, configurable: true})"
 _LOST = ("navigated or closed", "context was destroyed", "Cannot find context", "Promise was collected")
 
 
@@ -104,7 +107,8 @@ async def _evaluated(
     named: Secrets,
     take: Callable[[], Awaitable[object]] | None,
 ) -> Evaluation:
-    secrets = named
+    before = Secrets()
+    outcome: _Outcome | EvaluationError
     async with AsyncExitStack() as stack:
         try:
             async with reaching(page, SECONDS):
@@ -120,17 +124,21 @@ async def _evaluated(
                     for task in tasks:
                         task.cancel()
                     await asyncio.wait(tasks)
-            secrets |= reading.result()
+            before = reading.result()
             if take:
                 await take()
-            attempt = _Attempt(page, binding.result(), code, mode, timeout_ms, max_chars, secrets)
-            return await attempt.run(compiling.result())
+            attempt = _Attempt(page, binding.result(), code, mode, timeout_ms, max_chars)
+            outcome = await attempt.run(compiling.result())
         except EvaluationError as error:
-            # Asked again: the code may have set a secret field before it failed.
-            secrets |= await read_secrets_soon([page])
-            said = clean_lines(secrets.hide(error.quoted)).split("\n") if error.quoted else []
-            text = "\n".join([clean_lines(secrets.hide(str(error))), *Fence().around(said)])
-            raise EvaluationError(text, shown_code=secrets.hide(code)) from None
+            outcome = error
+        # Asked again: the code may have set a secret field, also before it failed.
+        _, after = await asyncio.gather(stack.aclose(), read_secrets_soon([page]))
+    secrets = named | before | after
+    if isinstance(outcome, _Outcome):
+        return outcome.told(secrets, max_chars)
+    said = clean_lines(secrets.hide(outcome.quoted)).split("\n") if outcome.quoted else []
+    text = "\n".join([clean_lines(secrets.hide(str(outcome))), *Fence().around(said)])
+    raise EvaluationError(text, shown_code=secrets.hide(code))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,26 +183,20 @@ async def _bound(stack: AsyncExitStack, page: Page, top: _Place, ref: str | None
 async def _keep_element(page: Page, ref: str | None, selector: str | None, key: str) -> None:
     found = page.get_by_ref(ref) if ref is not None else page.locator(selector or "")
     named = f"ref {ref!r}" if ref is not None else f"locator {selector!r}"
-    # An element that is not there would be waited for: count meanwhile.
-    keeping = asyncio.create_task(
-        found.evaluate(
-            "(element, key) => void Object.defineProperty(globalThis, key, {value: element, configurable: true})", key
-        )
-    )
     try:
-        count = await found.count()
-        if count == 1:
-            await keeping
-            return
+        count = 1
+        while count == 1:
+            # Counted only where it fails: to count costs as much as to find.
+            with suppress(PlaywrightError):
+                await found.evaluate(_KEEP, key, timeout=KEEP_SECONDS * 1000)
+                return
+            count = await found.count()
     except PlaywrightError as error:
         if "selector" not in error.message:
             raise
         count = 0
         if "Invalid frame" not in error.message:
             raise EvaluationError(f"{named} is no selector: {clean(error.message)[:300]}") from error
-    finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
     hint = "take a new snapshot and use a ref of it" if ref is not None else "it must match exactly one"
     raise EvaluationError(f"{named} matches {count} elements; {hint}.")
 
@@ -286,7 +288,7 @@ async def _has_async(place: _Place, code: str, form: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One evaluation from compiling to the hidden, capped answer."""
+    """One evaluation of code that compiles."""
 
     page: Page
     place: _Place
@@ -294,9 +296,8 @@ class _Attempt:
     mode: Literal["read", "write"]
     timeout_ms: int
     max_chars: int
-    secrets: Secrets
 
-    async def run(self, form: str) -> Evaluation:
+    async def run(self, form: str) -> _Outcome:
         """Runs the compiled code."""
         watch = _reading if self.mode == "read" else _watching
         async with watch(self.page, self.place) as seen:
@@ -304,24 +305,7 @@ class _Attempt:
             packed = await (self._read(form) if self.mode == "read" else self._write(form, seen))
             ms = (time.perf_counter() - started) * 1000
             navigated = await seen.landed(self.timeout_ms / 1000 - ms / 1000)
-        secrets = await self._secrets_now()
-        value, kind, cut = _capped(secrets.hide_value(packed["v"]), packed, self.max_chars)
-        return Evaluation(
-            value,
-            kind,
-            _lines(seen.console, secrets),
-            navigated and secrets.hide(navigated),
-            round(ms, 1),
-            cut,
-            _lines(list(map(str, seen.dialogs)), secrets),
-            bool(packed["s"]),
-            max(0, len(seen.console) - MAX_CONSOLE),
-            secrets,
-        )
-
-    async def _secrets_now(self) -> Secrets:
-        """What the secret fields held before and hold now, for the code may have changed them."""
-        return self.secrets | await read_secrets_soon([self.page])
+        return _Outcome(packed, seen, navigated, ms)
 
     async def _read(self, form: str) -> dict[str, Any]:
         expression = f"((form, run) => run(form))({form}, {_RUN_READ % self._parts()})\n//# sourceURL={SOURCE}"
@@ -432,6 +416,33 @@ class _Attempt:
                     f"The code did not end within {self.timeout_ms} ms and was stopped; the page is alive."
                 )
         return FlowError("The page does not answer any more: it has crashed, or a dialog is open in it.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What code gave as the page packed it, and what it made the page do."""
+
+    packed: dict[str, Any]
+    seen: _Seen
+    navigated: str | None
+    ms: float
+
+    def told(self, secrets: Secrets, max_chars: int) -> Evaluation:
+        """The same without `secrets`, the value within `max_chars` characters."""
+        packed, seen = self.packed, self.seen
+        value, kind, cut = _capped(secrets.hide_value(packed["v"]), packed, max_chars)
+        return Evaluation(
+            value,
+            kind,
+            _lines(seen.console, secrets),
+            self.navigated and secrets.hide(self.navigated),
+            round(self.ms, 1),
+            cut,
+            _lines(list(map(str, seen.dialogs)), secrets),
+            bool(packed["s"]),
+            max(0, len(seen.console) - MAX_CONSOLE),
+            secrets,
+        )
 
 
 class _ContextLostError(Exception):
