@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,21 +39,30 @@ _NEVER_TYPED = (
 
 
 def _marks() -> Iterator[str]:
-    """How the attributes of a field say that it is for a secret, as CSS selectors."""
-    yield from (f'[autocomplete~="{word}" i]' for word in _AUTOCOMPLETE)
+    """How the attributes of a field say that it is for a secret, as CSS selectors, one for each attribute."""
+    yield _marked("autocomplete", (f'~="{word}' for word in _AUTOCOMPLETE))
     parts = [*_PARTS, *(parting.join(words) for words in _PHRASES for parting in ("", "-", "_", " "))]
-    for attribute in ("name", "id", "aria-label", "placeholder"):
-        yield from (f'[{attribute}*="{part}" i]' for part in parts)
-        yield from (f'[{attribute}="{word}" i]' for word in (*_WORDS, "pwd", "pw"))
+    anywhere = [*(f'*="{part}' for part in parts), *(f'="{word}' for word in (*_WORDS, "pwd", "pw"))]
+    spelled = [*(f'*="{part}' for part in ("password", "pincode")), '^="otp']
+    spelled += [at for word in _WORDS for at in _standing_alone(word)]
+    # In camelCase, which has no other borders.
+    camel = ('*="Otp', '$="Pin', '*="PinCode', '$="Pwd', '$="Csc')
     for attribute in ("name", "id"):
-        yield from (f'[{attribute}*="{part}" i]' for part in ("password", "pincode"))
-        yield from (f'[{attribute}{at}" i]' for word in _WORDS for at in _standing_alone(word))
-        # In camelCase, which has no other borders.
-        yield from (f'[{attribute}{at}"]' for at in ('*="Otp', '$="Pin', '*="PinCode', '$="Pwd', '$="Csc'))
-        yield f'[{attribute}^="otp" i]'
+        yield _marked(attribute, [*anywhere, *spelled], camel)
+    said = [at for word in _WORDS for at in (f'$=" {word}', f'^="{word} code')]
     for attribute in ("aria-label", "placeholder"):
-        yield f'[{attribute}$="password" i]'
-        yield from (f'[{attribute}{at}" i]' for word in _WORDS for at in (f'$=" {word}', f'^="{word} code'))
+        yield _marked(attribute, [*anywhere, '$="password', *said])
+
+
+def _marked(attribute: str, any_case: Iterable[str], as_written: Iterable[str] = ()) -> str:
+    # By attribute, because most fields have few of them: each would be asked for two hundred otherwise.
+    tests = [*(f'[{attribute}{at}" i]' for at in any_case), *(f'[{attribute}{at}"]' for at in as_written)]
+    return f"[{attribute}]{_any(tests)}"
+
+
+def _any(selectors: Iterable[str]) -> str:
+    # `:is` by a name that Playwright leaves to the browser: its own tries hundreds of selectors on each field.
+    return f":-webkit-any({', '.join(selectors)})"
 
 
 def _standing_alone(word: str) -> Iterator[str]:
@@ -62,10 +71,9 @@ def _standing_alone(word: str) -> Iterator[str]:
 
 
 def _secret_fields() -> str:
-    marks = ", ".join(_marks())
+    marked = _any(_marks())
     typed = ", ".join(f"[type={kind}]" for kind in _NEVER_TYPED)
-    # `:is` by a name that Playwright leaves to the browser: its own tries hundreds of selectors on each field.
-    return f"input[type=password], input:not({typed}):-webkit-any({marks}), textarea:-webkit-any({marks})"
+    return f"input[type=password], input:not({typed}){marked}, textarea{marked}"
 
 
 SECRET_FIELDS = _secret_fields()

@@ -9,7 +9,7 @@ import secrets as tokens
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from playwright.async_api import CDPSession, ConsoleMessage, Frame, Page
@@ -108,11 +108,12 @@ async def _evaluated(
     take: Callable[[], Awaitable[object]] | None,
 ) -> Evaluation:
     before = Secrets()
+    after: Secrets | None = None
     outcome: _Outcome | EvaluationError
     async with AsyncExitStack() as stack:
         try:
             async with reaching(page, SECONDS):
-                top = _Place(await cdp_session(page), None, "undefined", True)
+                top = _Place(await cdp_session(page))
                 reading = asyncio.create_task(read_secrets(page))
                 compiling = asyncio.create_task(_compiled(top, code, mode))  # code compiles without its element
                 binding = asyncio.create_task(_bound(stack, page, top, ref, locator))
@@ -129,10 +130,12 @@ async def _evaluated(
                 await take()
             attempt = _Attempt(page, binding.result(), code, mode, timeout_ms, max_chars)
             outcome = await attempt.run(compiling.result())
+            after = outcome.secrets
         except EvaluationError as error:
             outcome = error
-        # Asked again: the code may have set a secret field, also before it failed.
-        _, after = await asyncio.gather(stack.aclose(), read_secrets_soon([page]))
+        if after is None:
+            # Asked again: the code may have set a secret field, also before it failed.
+            after = await read_secrets_soon([page])
     secrets = named | before | after
     if isinstance(outcome, _Outcome):
         return outcome.told(secrets, max_chars)
@@ -141,14 +144,29 @@ async def _evaluated(
     raise EvaluationError(text, shown_code=secrets.hide(code))
 
 
-@dataclass(frozen=True, slots=True)
+async def _follow(page: Page, place: _Place) -> Secrets:
+    """What the secret fields hold once the code has begun; its element is let go of."""
+    found, _ = await asyncio.gather(read_secrets_soon([page]), place.forget())
+    return found
+
+
+@dataclass(slots=True)
 class _Place:
-    """Where code runs: a session, the context of a child frame, and the expression that gives the element."""
+    """Where code runs: a session, the context of a child frame, and the name under which the page keeps an element."""
 
     session: CDPSession
-    context: int | None
-    element: str
-    top: bool
+    context: int | None = None
+    key: str | None = None
+
+    @property
+    def top(self) -> bool:
+        """Whether it is the page's main frame."""
+        return self.context is None
+
+    @property
+    def element(self) -> str:
+        """The expression that gives the element, while it is kept."""
+        return f"globalThis.{self.key}" if self.key else "undefined"
 
     async def run(self, expression: str, **options: Any) -> dict[str, Any]:
         """The answer to `Runtime.evaluate`."""
@@ -156,27 +174,37 @@ class _Place:
             options["contextId"] = self.context
         return dict(await self.session.send("Runtime.evaluate", {"expression": expression, **options}))
 
+    async def forget(self) -> None:
+        """Let go of the element, if it still is kept."""
+        if not self.key:
+            return
+        let_go, self.key = f"delete {self.element}", None
+        with suppress(PlaywrightError, TimeoutError):
+            async with asyncio.timeout(1):
+                await self.run(let_go)
+
 
 async def _bound(stack: AsyncExitStack, page: Page, top: _Place, ref: str | None, selector: str | None) -> _Place:
-    """Where to evaluate, with the element kept there under an unguessable name until `stack` is left."""
+    """Where to evaluate, with the element kept there under an unguessable name until `stack` is left at latest."""
     if ref is None and selector is None:
         return top
     key = f"__mcp_flow_{tokens.token_hex(16)}"
-    place = replace(top, element=f"globalThis.{key}")
+    place = _Place(top.session, None, key)
 
-    async def forget() -> None:
-        with suppress(PlaywrightError, TimeoutError):
-            async with asyncio.timeout(1):
-                await place.run(f"delete globalThis.{key}")
-                if place.session is not top.session:
+    async def leave() -> None:
+        await place.forget()
+        if place.session is not top.session:
+            with suppress(PlaywrightError, TimeoutError):
+                async with asyncio.timeout(1):
                     await place.session.detach()
 
     # Before it is kept: the other preparations may fail meanwhile and end this one.
-    stack.push_async_callback(forget)
+    stack.push_async_callback(leave)
     await _keep_element(page, ref, selector, key)
     frame = await _keeper(page, key)
     if frame != page.main_frame:
-        place = await _place_in(page, frame, key)
+        place.session = await _session_of(page, frame)
+        place.context = await _context_of(place.session, key)
     return place
 
 
@@ -216,9 +244,8 @@ async def _keeps(frame: Frame, key: str) -> bool:
     return False
 
 
-async def _place_in(page: Page, frame: Frame, key: str) -> _Place:
-    """A place in a child frame: its context's number is only told to a session that asks for all of them."""
-    session = await _session_of(page, frame)
+async def _context_of(session: CDPSession, key: str) -> int:
+    """The context that keeps `key`: a child frame's number is only told to a session that asks for all of them."""
     contexts: list[int] = []
 
     def created(event: dict[str, Any]) -> None:
@@ -228,11 +255,9 @@ async def _place_in(page: Page, frame: Frame, key: str) -> _Place:
     session.on("Runtime.executionContextCreated", created)
     await session.send("Runtime.enable")
     for context in contexts:
-        place = _Place(session, context, f"globalThis.{key}", False)
-        answer = await place.run(f"Object.hasOwn(globalThis, '{key}')", returnByValue=True)
+        answer = await _Place(session, context).run(f"Object.hasOwn(globalThis, '{key}')", returnByValue=True)
         if answer["result"].get("value") is True:
-            return place
-    await session.detach()
+            return context
     raise EvaluationError("The element's frame went away meanwhile; take a new snapshot.")
 
 
@@ -302,12 +327,19 @@ class _Attempt:
         watch = _reading if self.mode == "read" else _watching
         async with watch(self.page, self.place) as seen:
             started = time.perf_counter()
-            packed = await (self._read(form) if self.mode == "read" else self._write(form, seen))
-            ms = (time.perf_counter() - started) * 1000
+            # Sent right behind the code, which has its element by then: the page answers in order.
+            following = asyncio.create_task(_follow(self.page, self.place))
+            try:
+                packed = await (self._read if self.mode == "read" else self._write)(form, seen)
+                ms = (time.perf_counter() - started) * 1000
+                secrets = None if seen.waited else await following
+            finally:
+                following.cancel()
+                await asyncio.wait([following])
             navigated = await seen.landed(self.timeout_ms / 1000 - ms / 1000)
-        return _Outcome(packed, seen, navigated, ms)
+        return _Outcome(packed, seen, navigated, ms, secrets)
 
-    async def _read(self, form: str) -> dict[str, Any]:
+    async def _read(self, form: str, seen: _Seen) -> dict[str, Any]:
         expression = f"((form, run) => run(form))({form}, {_RUN_READ % self._parts()})\n//# sourceURL={SOURCE}"
         # Never awaitPromise here: it calls `then` of any object, outside V8's check for side effects.
         answer = await self._answer(
@@ -315,6 +347,7 @@ class _Attempt:
         )
         result = answer["result"]
         if result.get("subtype") == "promise":
+            seen.waited = True
             started = time.perf_counter()
             send = self.place.session.send
             settled = await self._answer(
@@ -347,6 +380,7 @@ class _Attempt:
         return packed
 
     async def _write(self, form: str, seen: _Seen) -> dict[str, Any]:
+        seen.waited = True
         expression = f"((form, run) => run(form))({form}, {_RUN_WRITE % self._parts()})\n//# sourceURL={SOURCE}"
         try:
             answer = await self._answer(
@@ -420,12 +454,16 @@ class _Attempt:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What code gave as the page packed it, and what it made the page do."""
+    """What code gave as the page packed it, and what it made the page do.
+
+    `secrets` is what the secret fields held at its end, if the page has told it in the same go.
+    """
 
     packed: dict[str, Any]
     seen: _Seen
     navigated: str | None
     ms: float
+    secrets: Secrets | None
 
     def told(self, secrets: Secrets, max_chars: int) -> Evaluation:
         """The same without `secrets`, the value within `max_chars` characters."""
@@ -489,12 +527,16 @@ def clean_lines(text: str) -> str:
 
 @dataclass  # without slots: Playwright keeps a note on the object whose method listens
 class _Seen:
-    """What the page did while the code ran: its console lines, its dialogs, whether it was asked to navigate."""
+    """What the page did while the code ran: its console lines, its dialogs, whether it was asked to navigate.
+
+    `waited` says that the code may have gone on after the page had answered what was asked behind it.
+    """
 
     page: Page
     console: list[str] = field(default_factory=list)
     dialogs: tuple[Answered, ...] = ()
     expected: bool = False
+    waited: bool = False
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def logged(self, message: ConsoleMessage) -> None:

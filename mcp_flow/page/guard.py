@@ -38,7 +38,9 @@ HELD = """selector => {
   const fields = new Set(known.fields.map(field => field.deref()).filter(field => field));
   const search = root => {
     for (const field of root.querySelectorAll(selector)) fields.add(field);
-    for (const element of root.querySelectorAll('*')) if (element.shadowRoot) search(element.shadowRoot);
+    // By number and not with `of`, which takes several times as long where there are thousands.
+    const all = root.getElementsByTagName?.('*') ?? root.querySelectorAll('*');
+    for (let i = 0, count = all.length; i < count; i++) if (all[i].shadowRoot) search(all[i].shadowRoot);
   };
   search(document);
   if (!fields.size) return known.values;

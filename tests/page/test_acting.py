@@ -573,7 +573,7 @@ async def test_waiting_for_texts_and_elements(page: Page, monkeypatch: pytest.Mo
     ast.parse("\n".join(f"async def f():\n  {line}\n  pass" for line in acted.python))
     monkeypatch.setitem(engine.PATIENT_SECONDS, "wait", 0.3)
     acted = await eyes.act({"op": "wait", "value": "Never"})
-    assert "actions[0], wait: Timeout 300ms" in str(acted.error)
+    assert re.search(r"actions\[0\], wait: Timeout [1-3]\d\dms", str(acted.error)), acted.error
 
 
 @pytest.fixture

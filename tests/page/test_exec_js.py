@@ -312,6 +312,15 @@ async def test_values_of_secret_fields_never_leave(page: Page, mode: Mode) -> No
     assert "hunter22" not in str(caught.value)
 
 
+async def test_a_password_that_is_typed_while_code_waits_for_it_does_not_leave_either(page: Page) -> None:
+    await page.set_content("<input type=password id=a>")
+    await page.evaluate(
+        "() => { later = new Promise(done => { type = () => { a.value = 'typed-late'; done(a.value) } }) }"
+    )
+    read, _ = await asyncio.gather(evaluate(page, "later"), page.evaluate("() => { setTimeout(type, 100) }"))
+    assert read.value == HIDDEN
+
+
 async def test_a_password_that_the_code_sets_or_clears_does_not_leave_either(page: Page) -> None:
     await page.set_content("<input type=password id=a value=hunter22>")
     code = "const old = a.value; a.value = 'fresh-secret'; console.log(old, a.value); return [old, a.value]"
