@@ -130,11 +130,11 @@ async def test_a_private_address_is_refused_until_the_code_names_it_and_then_rea
     assert f'@workflow(allow_origins=["127.0.0.1:{named.port}"])' in failed.error.message
     assert failed.error.step == "open"
     assert named.asked == []
-    pages = failed.pages
+    pages = list(failed.pages.values())
     house.edit('["*"]', f'["127.0.0.1:{named.port}"]')
     await house.resume(run_id)
     assert await house.finished(run_id) == "hello"
-    assert [event.target_id for event in await house.events(run_id, ev.PageOpened)] == list(pages.values())
+    assert [event.target_id for event in await house.events(run_id, ev.PageOpened)] == pages
 
 
 async def test_a_redirect_to_what_may_not_be_reached_ends_there(house: House, named: Site, other: Site) -> None:
