@@ -177,6 +177,7 @@ class _Transaction:
         if cached is not None and run_id in self._current:
             return cached
         if cached is None:
+            self._projected.pop(run_id, None)
             number, tip, run = self.number(run_id), ev.genesis(run_id), Run(run_id)
         else:
             number, tip, run = cached

@@ -593,6 +593,18 @@ async def test_projections_lost_in_the_middle_of_a_run_are_made_anew_and_nobody_
     assert await store.claim("w2", ["w1"], 9) == claimed
 
 
+async def test_who_made_the_projections_anew_projects_what_comes_after_the_writes_of_others(
+    settings: Settings, store: Store, clock: Clock
+) -> None:
+    epoch = await start(store, "r1")
+    async with Store(settings, "test", now=clock) as other:
+        assert await other.rebuild() == []
+        await store.append("r1", asked("q1"), ev.AttemptIdled(), epoch=epoch)
+        assert await store.count() == {"waiting-approval": 1}
+        await other.append("r1", ev.RequestAnswered(request_id="q1", value={"approved": True}))
+    assert await store.count() == {"running": 1}
+
+
 @pytest.mark.parametrize("loss", ["dropped", "dropped with their views"])
 async def test_an_append_after_the_projections_were_dropped_makes_them_anew_by_itself(
     loss: str, settings: Settings, store: Store, clock: Clock
