@@ -23,7 +23,7 @@ from mcp_flow.views import RunView, next_call, show_run
 if TYPE_CHECKING:
     from playwright.async_api import Page
 
-    from mcp_flow.browser.session import Driver
+    from mcp_flow.browser.attach import Visits
 
 AWAKE_EVERY = 1.0
 """Seconds between two looks for work that no worker has."""
@@ -40,7 +40,7 @@ class App:
         self.control = Control(settings, store, reader, bell)
         self.looks = Looks()
         self.secrets = Secrets(settings.home)
-        self._driver: Driver | None = None
+        self._visits: Visits | None = None
 
     @asynccontextmanager
     async def page(self, run: Run, name: str = "main") -> AsyncIterator[Page]:
@@ -62,15 +62,11 @@ class App:
             if other := next(iter(run.pages), None):
                 following = f"snapshot(run_id={run_id}, page={json.dumps(other)}) shows {other!r}."
             raise PageGone(f"{unknown}; its pages: {names}. {following}")
-        page = await self._attached(run, run.pages.get(name, ""))
-        if page is None:
-            raise await self._gone(run, name)
         try:
-            yield page
+            async with self._visit(run, run.pages.get(name, "")) as page:
+                yield page
         except PageGone as error:
             raise await self._gone(run, name) from error
-        finally:
-            await _detach(page)
 
     async def left(self, run: Run, name: str) -> str:
         """Which pages of a run are left without this one, and the calls that show one and that get this one back."""
@@ -80,9 +76,10 @@ class App:
         run_id, status = json.dumps(run.run_id), self.status(run)
         living = []
         for other, target_id in list(run.pages.items()):  # the journal grows meanwhile
-            if other != name and (page := await self._attached(run, target_id)):
-                living.append(other)
-                await _detach(page)
+            if other != name:
+                with suppress(PageGone):
+                    async with self._visit(run, target_id):
+                        living.append(other)
         shown = f"snapshot(run_id={run_id}, page={json.dumps(living[0])}) shows {living[0]!r}. " if living else ""
         back = f"{name!r} was a popup, which only what opened it opens again."
         if not is_popup(name):
@@ -96,19 +93,20 @@ class App:
             what = "parked: its run waited for longer than its hold and gave it up"
         return PageGone(f"The page {name!r} of run {run.run_id} is {what}. {await self.left(run, name)}")
 
-    async def _attached(self, run: Run, target_id: str) -> Page | None:
-        """The page with this target id on a connection of its own, if it is open."""
+    @asynccontextmanager
+    async def _visit(self, run: Run, target_id: str) -> AsyncIterator[Page]:
         # Playwright takes a third of a second to import, which a server that never looks need not spend.
         from mcp_flow.browser import host as hosts
-        from mcp_flow.browser.session import Driver, attach
+        from mcp_flow.browser.attach import Visits
 
         assert run.created
-        self._driver = self._driver or Driver()
+        self._visits = self._visits or Visits()
         for host in hosts.living(self.settings):
-            if target_id and host.headless is run.created.headless:
-                with suppress(PageGone):
-                    return await attach(self._driver, host, target_id)
-        return None
+            if target_id and host.headless is run.created.headless and run.page_host in ("", host.identity):
+                async with self._visits.page(host, target_id) as page:
+                    yield page
+                return
+        raise PageGone("Its browser has ended.")
 
     async def explain(self, run: Run, message: str) -> str | None:
         """Why a page of the run did not reach the net, where Playwright's message says no more than that."""
@@ -143,15 +141,8 @@ class App:
 
     async def close(self) -> None:
         """End the Playwright driver, if one was needed."""
-        if self._driver:
-            await self._driver.stop()
-
-
-async def _detach(page: Page) -> None:
-    """End the connection that a page was attached by; the page stays."""
-    if browser := page.context.browser:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(5):
-            await browser.close()
+        if self._visits:
+            await self._visits.close()
 
 
 @asynccontextmanager

@@ -29,8 +29,10 @@ from mcp_flow import presence
 from mcp_flow.attempt import Attempt, Outcome
 from mcp_flow.browser import host as hosts
 from mcp_flow.browser import proxy
+from mcp_flow.browser.attach import close_context, sweep
+from mcp_flow.browser.driver import Driver
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Checkpoint, Driver, OnEvent, PageRecord, Session, close_context, sweep
+from mcp_flow.browser.session import Checkpoint, OnEvent, PageRecord, Session
 from mcp_flow.config import Settings, keep_compiled, private_folder
 from mcp_flow.definition import Workflow, workflows_in
 from mcp_flow.errors import (

@@ -18,7 +18,8 @@ from playwright.async_api import Page
 
 from mcp_flow import events as ev
 from mcp_flow.browser import host as hosts
-from mcp_flow.browser.session import Driver, attach
+from mcp_flow.browser.attach import attach
+from mcp_flow.browser.driver import Driver
 
 PAGE = """<!doctype html><title>{path}</title><input id=name><button onclick="window.count = (window.count || 0) + 1">
 add</button><p id=cookie>{cookie}</p>"""

@@ -17,7 +17,8 @@ from harness import AGENT, House, open_house
 from mcp_flow import config, presence
 from mcp_flow import events as ev
 from mcp_flow.browser import host as hosts
-from mcp_flow.browser.session import Driver, attach
+from mcp_flow.browser.attach import attach
+from mcp_flow.browser.driver import Driver
 
 pytestmark = pytest.mark.anyio
 

@@ -18,7 +18,7 @@ from mcp import Client
 
 from mcp_flow import config
 from mcp_flow import events as ev
-from mcp_flow.browser.session import Driver
+from mcp_flow.browser.driver import Driver
 from mcp_flow.errors import BrokenWorkflow
 from mcp_flow.server import build
 

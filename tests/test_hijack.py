@@ -17,7 +17,7 @@ from mcp import Client
 
 from mcp_flow import config, presence
 from mcp_flow import events as ev
-from mcp_flow.browser.session import Driver
+from mcp_flow.browser.driver import Driver
 from mcp_flow.server import build
 
 pytestmark = pytest.mark.anyio

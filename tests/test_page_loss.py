@@ -13,7 +13,8 @@ from mcp import Client
 from mcp_flow import config
 from mcp_flow import events as ev
 from mcp_flow.browser import host as hosts
-from mcp_flow.browser.session import BROWSER_ENDED, Driver
+from mcp_flow.browser.driver import Driver
+from mcp_flow.browser.session import BROWSER_ENDED
 from mcp_flow.server import build
 
 pytestmark = pytest.mark.anyio

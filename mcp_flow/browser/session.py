@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import anyio
 from playwright.async_api import (
@@ -25,27 +25,23 @@ from playwright.async_api import (
     Download,
     Error,
     Page,
-    Playwright,
     Request,
     StorageState,
-    async_playwright,
 )
 
 from mcp_flow import config
 from mcp_flow.browser import host as hosts
 from mcp_flow.browser import proxy
+from mcp_flow.browser.attach import find_pages
+from mcp_flow.browser.driver import CLOSE_SECONDS, Driver, finish, wind_up
 from mcp_flow.browser.gate import Gate, HeldCall, OnHeld
 from mcp_flow.browser.host import HostInfo
 from mcp_flow.errors import BrowserUnavailable, PageGone
 from mcp_flow.rails import Rails, place
 
-T = TypeVar("T")
 OnEvent = Callable[[str, dict[str, Any]], None]
 
-CONNECT_SECONDS = 10
 OPEN_SECONDS = 30
-CLOSE_SECONDS = 5
-WATCH_SECONDS = 2
 RESPOND_SECONDS = 5
 ANSWER_SECONDS = 1.0
 """How long code that listens to dialogs may take to answer one over which it stops."""
@@ -71,97 +67,6 @@ class Checkpoint:
 
     urls: dict[str, str] = field(default_factory=dict)
     storage: dict[str, Any] = field(default_factory=dict)
-
-
-class Driver:
-    """Playwright's driver: one a process, started when first needed, and again if it has died."""
-
-    def __init__(self) -> None:
-        self._starting: asyncio.Task[Playwright] | None = None
-        self._watching: asyncio.Task[None] | None = None
-        self._browsers: set[Browser] = set()
-
-    async def __aenter__(self) -> Driver:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def connect(self, endpoint: str) -> Browser:
-        """A connection of its own to the host at `endpoint`, which it keeps from ending as unused.
-
-        Raises `BrowserUnavailable` where there is no host any more.
-        """
-        hold = hosts.use(endpoint)
-        try:
-            browser = await self._connect(endpoint)
-        except BaseException:
-            hold.close()
-            raise
-        self._browsers.add(browser)
-
-        def forget(_: Browser) -> None:
-            self._browsers.discard(browser)
-            hold.close()
-
-        browser.on("disconnected", forget)
-        return browser
-
-    async def stop(self) -> None:
-        """End the driver and with it every connection; their contexts stay."""
-        starting, self._starting = self._starting, None
-        if self._watching:
-            self._watching.cancel()
-        if starting:
-            await _wind_up(self._stop(starting), CLOSE_SECONDS)
-
-    async def _connect(self, endpoint: str, *, again: bool = True) -> Browser:
-        playwright = await self._playwright()
-        try:
-            return await playwright.chromium.connect(endpoint, timeout=CONNECT_SECONDS * 1000)
-        except Error as error:
-            if not again or await _lives(playwright):
-                raise BrowserUnavailable(f"The browser host does not answer: {error.message}") from error
-            await self._replace(playwright)
-            return await self._connect(endpoint, again=False)
-
-    async def _playwright(self) -> Playwright:
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
-        starting = self._starting
-        try:
-            return await asyncio.shield(starting)
-        except Exception as error:  # whatever kept Node.js from starting, nobody below us can mend it
-            if self._starting is starting:
-                self._starting = None
-            raise BrowserUnavailable(f"Playwright's driver does not start: {error}") from error
-
-    async def _start(self) -> Playwright:
-        playwright = await async_playwright().start()
-        self._watching = asyncio.create_task(self._watch(playwright))
-        return playwright
-
-    async def _watch(self, playwright: Playwright) -> None:
-        # Playwright leaves the calls in flight on its connections waiting for ever when the driver dies.
-        while await _lives(playwright):
-            await asyncio.sleep(WATCH_SECONDS)
-        await self._replace(playwright)
-
-    async def _replace(self, dead: Playwright) -> None:
-        """Forget a dead driver, unless someone has done so already; the next connection starts another."""
-        starting = self._starting
-        if starting and starting.done() and starting.result() is dead:
-            self._starting = None
-            await self._stop(starting)
-
-    async def _stop(self, starting: asyncio.Task[Playwright]) -> None:
-        browsers, self._browsers = self._browsers, set()
-        for browser in browsers:
-            # Said on a connection that is dead already, this is what fails its calls in flight.
-            with contextlib.suppress(Error):
-                await browser.close()
-        with contextlib.suppress(Exception):  # a driver that never started, or has died, has nothing to stop
-            await (await starting).stop()
 
 
 class Session:
@@ -255,7 +160,7 @@ class Session:
             host_lives=host_lives,
         )
         try:
-            found = await _find(browser, {record.target_id for record in known})
+            found = await find_pages(browser, {record.target_id for record in known})
             if found and fence:
                 session._checkpoint = await _fence(found, checkpoint)
                 session.state = "restored"
@@ -328,7 +233,7 @@ class Session:
             return None if self._browser.is_connected() else BROWSER_ENDED
         try:
             # Asked, because a call may fail before the event that says why.
-            await _finish(self._context.cookies(), CLOSE_SECONDS)
+            await finish(self._context.cookies(), CLOSE_SECONDS)
         except (Error, TimeoutError):
             return self._crashed or BROWSER_ENDED
         return self._crashed
@@ -343,7 +248,7 @@ class Session:
         if self._context is None:
             return before
         try:
-            storage: Mapping[str, Any] = await _finish(self._context.storage_state(), CLOSE_SECONDS)
+            storage: Mapping[str, Any] = await finish(self._context.storage_state(), CLOSE_SECONDS)
         except (Error, TimeoutError) as error:
             raise self._lost(error) from error
         return Checkpoint(self.places(), dict(storage))
@@ -377,12 +282,12 @@ class Session:
     async def detach(self) -> None:
         """Close the connection; the context and its pages stay as they are."""
         self._ending = True
-        await _wind_up(self._end(), CLOSE_SECONDS)
+        await wind_up(self._end(), CLOSE_SECONDS)
 
     async def close(self) -> None:
         """Close the context with all its pages, then the connection."""
         self._ending = True
-        await _wind_up(self._end(close_context=True), 2 * CLOSE_SECONDS)
+        await wind_up(self._end(close_context=True), 2 * CLOSE_SECONDS)
 
     async def _take_over(self, found: Mapping[str, Page], known: Sequence[PageRecord]) -> bool:
         """Make the found pages ours, as far as they respond; False if none does."""
@@ -398,7 +303,7 @@ class Session:
             else:
                 self._on_event("page-unresponsive", {"name": record.name})
                 if is_popup(record.name):
-                    await _wind_up(page.close(), CLOSE_SECONDS)
+                    await wind_up(page.close(), CLOSE_SECONDS)
         missing = [record.name for record in known if record.name not in self.pages]
         if not all(map(is_popup, missing)):
             # A blank page in the place of one of the run's own would pass for that.
@@ -484,7 +389,7 @@ class Session:
     async def _catch_up(self, page: Page) -> None:
         """Hear of what has happened to the page's dialogs so far: what a session answers comes after what it tells."""
         if cdp := self._guards.get(page):
-            await _wind_up(cdp.send("Target.getTargetInfo"), BARRIER_SECONDS)
+            await wind_up(cdp.send("Target.getTargetInfo"), BARRIER_SECONDS)
 
     def _on_dialog_opening(self, page: Page) -> None:
         self._dialogs.add(page)
@@ -501,9 +406,9 @@ class Session:
         self._dismissing.add(page)
         # Answered meanwhile, or gone with its page, is as well.
         if cdp := self._guards.get(page):
-            await _wind_up(cdp.send("Page.handleJavaScriptDialog", {"accept": False}), CLOSE_SECONDS)
+            await wind_up(cdp.send("Page.handleJavaScriptDialog", {"accept": False}), CLOSE_SECONDS)
         # Scripts may go on to their next dialog: a title comes from the page, or at once where one is open.
-        await _wind_up(page.title(), BARRIER_SECONDS)
+        await wind_up(page.title(), BARRIER_SECONDS)
         await self._catch_up(page)
         self._dismissing.discard(page)
 
@@ -635,74 +540,10 @@ async def _fence(found: Mapping[str, Page], checkpoint: Checkpoint | None) -> Ch
     kept = checkpoint or Checkpoint()
     context = next(iter(found.values())).context
     with contextlib.suppress(Error, TimeoutError):
-        storage: Mapping[str, Any] = await _finish(context.storage_state(), CLOSE_SECONDS)
+        storage: Mapping[str, Any] = await finish(context.storage_state(), CLOSE_SECONDS)
         kept = Checkpoint(kept.urls, dict(storage))
-    await _wind_up(context.close(), CLOSE_SECONDS)
+    await wind_up(context.close(), CLOSE_SECONDS)
     return kept
-
-
-async def attach(driver: Driver, host: HostInfo, target_id: str) -> Page:
-    """The page with this target id, over a connection of its own, for someone who only looks in.
-
-    `await page.context.browser.close()` ends the connection and leaves the page. Raises `PageGone`.
-    """
-    browser = await driver.connect(host.endpoint)
-    try:
-        if page := (await _find(browser, {target_id})).get(target_id):
-            return page
-        raise PageGone("The page is not open any more; resume the run to have it rebuilt.")
-    except BaseException:
-        await _wind_up(browser.close(), CLOSE_SECONDS)
-        raise
-
-
-async def close_context(driver: Driver, host: HostInfo, target_id: str) -> None:
-    """Close the context that holds the page with this target id, and the connection for that. Raises `PageGone`."""
-    page = await attach(driver, host, target_id)
-    await _wind_up(page.context.close(), CLOSE_SECONDS)
-    if browser := page.context.browser:
-        await _wind_up(browser.close(), CLOSE_SECONDS)
-
-
-async def sweep(driver: Driver, host: HostInfo, keep: Collection[str]) -> int:
-    """Close the contexts that hold none of these target ids, and say how many there were.
-
-    Only for when no run is executing: a context is made a moment before its pages can be recorded.
-    """
-    browser = await driver.connect(host.endpoint)
-    try:
-        kept = {page.context for page in (await _find(browser, set(keep))).values()}
-        orphans = [context for context in browser.contexts if context not in kept]
-        for context in orphans:
-            await _wind_up(context.close(), CLOSE_SECONDS)
-        return len(orphans)
-    finally:
-        await _wind_up(browser.close(), CLOSE_SECONDS)
-
-
-async def _find(browser: Browser, wanted: set[str]) -> dict[str, Page]:
-    """The open pages by target id, as far as they are wanted."""
-    if not wanted:
-        return {}
-    pages = [page for context in browser.contexts for page in context.pages]
-    ids = await asyncio.gather(*map(_target_id, pages))
-    return {target_id: page for target_id, page in zip(ids, pages, strict=True) if target_id in wanted}
-
-
-async def _target_id(page: Page) -> str | None:
-    """What Chromium calls the page, however many clients come and go; None if it has closed."""
-    try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            cdp = await page.context.new_cdp_session(page)
-            info = await cdp.send("Target.getTargetInfo")
-    except (Error, TimeoutError):
-        return None
-    with contextlib.suppress(Error, TimeoutError):
-        # A page that hangs does not answer this; the session ends with the connection then.
-        async with asyncio.timeout(0.5):
-            await cdp.detach()
-    target_id: str = info["targetInfo"]["targetId"]
-    return target_id
 
 
 async def _responds(page: Page) -> bool:
@@ -715,42 +556,6 @@ async def _responds(page: Page) -> bool:
                     return True
                 await asyncio.sleep(0.05)
     return False
-
-
-async def _lives(playwright: Playwright) -> bool:
-    """Whether the driver lives; one that is only slow does."""
-    try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            await (await playwright.request.new_context()).dispose()
-    except TimeoutError:
-        return True
-    except Error:
-        return False
-    return True
-
-
-async def _finish(work: Awaitable[T], seconds: float) -> T:
-    """`work` carried through to its end or its deadline, also when the caller is cancelled meanwhile."""
-
-    async def bounded() -> T:
-        async with asyncio.timeout(seconds):
-            return await work
-
-    task = asyncio.create_task(bounded())
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # nobody asks any more, and asyncio would complain of that
-        raise
-
-
-async def _wind_up(work: Awaitable[Any], seconds: float) -> None:
-    """`_finish` for the end of something, where there is nothing to be done about a failure."""
-    with contextlib.suppress(Error, TimeoutError):
-        await _finish(work, seconds)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ import pytest
 
 from mcp_flow import config
 from mcp_flow.browser import host
+from mcp_flow.browser.driver import Driver
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Driver, Session
+from mcp_flow.browser.session import Session
 from mcp_flow.config import Settings
 from mcp_flow.rails import Rails
 

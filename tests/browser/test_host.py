@@ -15,8 +15,8 @@ from processes import never, parent, processes, run_python, until
 
 from mcp_flow import config
 from mcp_flow.browser import host
+from mcp_flow.browser.driver import Driver
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Driver
 from mcp_flow.config import Settings
 from mcp_flow.errors import BrowserMissing, BrowserUnavailable
 

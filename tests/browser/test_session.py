@@ -17,11 +17,14 @@ import pytest
 from playwright.async_api import Error
 from processes import parent, processes, run_python, until
 
+from mcp_flow.browser import driver as driver_module
 from mcp_flow.browser import host
 from mcp_flow.browser import session as session_module
+from mcp_flow.browser.attach import attach, sweep
+from mcp_flow.browser.driver import Driver
 from mcp_flow.browser.gate import HeldCall
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Checkpoint, Driver, PageRecord, Session, attach, sweep
+from mcp_flow.browser.session import Checkpoint, PageRecord, Session
 from mcp_flow.config import Settings
 from mcp_flow.errors import BrowserUnavailable, PageGone
 from mcp_flow.rails import Rails
@@ -35,7 +38,8 @@ TYPE_AND_HANG = """
 import asyncio, json, sys
 from pathlib import Path
 from mcp_flow.browser.host import HostInfo
-from mcp_flow.browser.session import Driver, Session
+from mcp_flow.browser.driver import Driver
+from mcp_flow.browser.session import Session
 from mcp_flow.rails import Rails
 async def main():
     host = HostInfo(**json.loads(sys.argv[1]))
@@ -437,7 +441,7 @@ async def test_detaching_leaves_the_context_and_closing_ends_it(open_session: Op
 async def test_a_dead_driver_fails_the_calls_in_flight_and_is_replaced(
     shared_host: HostInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(driver_module, "WATCH_SECONDS", 0.1)
     # Playwright keeps the error of a dead driver in a future that nobody reads; the garbage collector would find it in
     # some later test, and fail that.
     loop = asyncio.get_running_loop()

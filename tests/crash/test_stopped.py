@@ -20,7 +20,8 @@ from nursery import Child, Nursery
 from mcp_flow import config, presence
 from mcp_flow import events as ev
 from mcp_flow.browser import host as hosts
-from mcp_flow.browser.session import Driver, attach
+from mcp_flow.browser.attach import attach
+from mcp_flow.browser.driver import Driver
 
 pytestmark = pytest.mark.anyio
 

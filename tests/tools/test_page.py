@@ -15,7 +15,7 @@ from clients import call, refusal, stopped, text
 from mcp import Client
 
 from mcp_flow.browser import host as hosts
-from mcp_flow.browser.session import Driver
+from mcp_flow.browser.driver import Driver
 from mcp_flow.config import Settings
 
 
