@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import json
-import os
 import secrets as tokens
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -25,9 +23,10 @@ import anyio
 
 from mcp_flow import events as ev
 from mcp_flow import fingerprint, replay, scope
+from mcp_flow.artifacts import Artifacts
 from mcp_flow.browser.gate import HeldCall
 from mcp_flow.browser.session import BROWSER_ENDED, Checkpoint, OnEvent, Session, is_popup
-from mcp_flow.config import Settings, private_folder
+from mcp_flow.config import Settings
 from mcp_flow.definition import MISSING, Codec, Workflow, annotation_of, codec
 from mcp_flow.errors import (
     FlowError,
@@ -42,10 +41,10 @@ from mcp_flow.errors import (
 )
 from mcp_flow.failures import LONGEST_MESSAGE, Exited, describe, told
 from mcp_flow.flow import Flow, StepOptions, shape_of
-from mcp_flow.page.guard import Secrets as FieldSecrets
+from mcp_flow.masking import Masking
 from mcp_flow.pages import Pages
 from mcp_flow.run import Request, Run, Step, takes
-from mcp_flow.secrets import Secrets, masked, reveal, secret_places
+from mcp_flow.secrets import secret_places
 from mcp_flow.store import Store
 from mcp_flow.tries import Start, TryFailed, invoke, seconds_before_next
 
@@ -115,6 +114,7 @@ class Attempt:
         self.pages = Pages(
             store, run, self._append, partial(open_session, run, self._on_page_event), self._attached, epoch
         )
+        self.masking = Masking(settings, store, run.run_id, self.pages)
         self.number = run.attempt + 1
         self.finishing = False
         self.suspending: asyncio.Task[None] | None = None
@@ -127,13 +127,10 @@ class Attempt:
         self._lease_is_fresh = lease_is_fresh
         self._ours_since = time.monotonic()
         self._slots = slots or nullcontext()
-        self._answers: dict[str, str] = {}
-        self._revealed: dict[str, str] = {}
         self._retry_inputs: dict[str, Any] = {}
         self._reached: set[str] = set()
         self._changed: list[str] = []
-        self._secrets = Secrets(settings.home)
-        self._fields = FieldSecrets()
+        self._artifacts = Artifacts(settings, run.run_id, self.pages, self._append)
         self._noting = asyncio.Lock()
         self._root: asyncio.Task[Any] | None = None
         self._gate = asyncio.Event()
@@ -175,8 +172,7 @@ class Attempt:
         """
         try:
             await self._append(ev.AttemptStarted(attempt=self.number, revision=self.run.revision))
-            self._secrets.learn()
-            await self._learn_secrets()
+            await self.masking.learn()
             self.refresh()
             self._root = asyncio.create_task(self._call(), name=f"{self.run.run_id} attempt {self.number}")
             given_up = asyncio.create_task(self._given_up.wait())
@@ -239,7 +235,7 @@ class Attempt:
 
     async def _finish(self, value: Any) -> None:
         output = self._workflow.dump_output(value)
-        self._refuse_secrets(json.dumps(output), "the workflow's output")
+        self.masking.refuse(json.dumps(output), "the workflow's output")
 
         def plan(run: Run) -> list[ev.Event]:
             compared = self._compared(run, ended=True)
@@ -341,7 +337,7 @@ class Attempt:
         """`Flow.step`: reuse, run or doubt, as the journal says."""
         await self._enter(f"flow.step({name!r})", name)
         key = self._key(name)
-        digest = fingerprint.of_call(fn, args, partial(masked, known=self._revealed) if self._revealed else None)
+        digest = fingerprint.of_call(fn, args, self.masking.mask_given)
         shape = codec(annotation_of(fn))
         self._reached.add(key)
         match replay.reach_step(self.run, key, digest, once=options.once):
@@ -440,7 +436,7 @@ class Attempt:
             elif options.once and not isinstance(error, Retriable):
                 since = self.run.steps[key].started_at
                 why = f"it started at {since} and raised {type(error).__name__}: {told(error)}"
-                why = self._mask(why)[:LONGEST_MESSAGE]
+                why = self.masking.mask(why)[:LONGEST_MESSAGE]
                 settled, value = await self._ask_doubt(name, key, digest, why, shape)
                 if settled:
                     return value
@@ -457,7 +453,7 @@ class Attempt:
     async def _ask_for_help(self, name: str, key: str, error: Retriable) -> None:
         """Stop at a step that may be tried again, until somebody says so; with a form, if it wants a value."""
         shape = shape_of(error.ask) if error.ask is not None else None
-        prompt = self._mask(f"Step {name!r} failed and can be tried again: {told(error)}")[:LONGEST_MESSAGE]
+        prompt = self.masking.mask(f"Step {name!r} failed and can be tried again: {told(error)}")[:LONGEST_MESSAGE]
         await self._wait_for(
             f"{key}!",
             "input" if shape else "pause",
@@ -485,7 +481,7 @@ class Attempt:
 
     def _take_help(self, key: str) -> None:
         request = self.run.wait(f"{key}!")
-        self._retry_inputs[key] = self.reveal(request.value, request.opened.answer_schema) if request else None
+        self._retry_inputs[key] = self.masking.reveal(request.value, request.opened.answer_schema) if request else None
 
     def retry_input(self) -> Any:
         """`Flow.retry_input`."""
@@ -578,7 +574,7 @@ class Attempt:
     def _moved_to(self) -> str | None:
         """Where the main page is, unless the journal knows; one that holds a secret is not journaled."""
         url = self.pages.url
-        return None if url == self.run.url or (url and self._secrets.held_in_json(json.dumps(url))) else url
+        return None if url == self.run.url or (url and self.masking.holds_secret(json.dumps(url))) else url
 
     async def _ask_doubt(self, name: str, key: str, digest: str, why: str, shape: Codec) -> tuple[bool, Any]:
         """Let somebody look; returns whether the step counts as done, and its value then."""
@@ -646,7 +642,7 @@ class Attempt:
         self._reached.add(key)
         if isinstance(replay.reach_wait(self.run, key, terms), replay.Ask):
             shown = [prompt, data, schema, None if default is MISSING else default]
-            self._refuse_secrets(json.dumps(shown), f"the request {name!r}")
+            self.masking.refuse(json.dumps(shown), f"the request {name!r}")
         # What was asked before, and is asked anew, has a deadline that may have passed meanwhile.
         if past and key not in self.run.waits:
             raise StepError(
@@ -701,7 +697,7 @@ class Attempt:
             except InvalidInput as error:
                 # What a check says of a value quotes it, as a rule.
                 said = "the workflow's own check refused the answer" if secret_places(schema) else str(error)
-                put_aside = PutAside(settled, self._secrets.mask(said)[:500])
+                put_aside = PutAside(settled, self.masking.mask(said)[:500])
 
     async def _wait_once(
         self,
@@ -813,7 +809,7 @@ class Attempt:
         await self._enter()
         settled = self.run.requests[request_id]
         if secret_places(settled.opened.answer_schema):
-            await self._learn_secrets()
+            await self.masking.learn_answers()
         return settled
 
     @staticmethod
@@ -908,7 +904,7 @@ class Attempt:
         await self._enter()
         key = self._key(f"log {message}")
         if key not in self.run.remarks:
-            text = self._mask(message)[:LONGEST_MESSAGE]
+            text = self.masking.mask(message)[:LONGEST_MESSAGE]
             await self._append(ev.Logged(key=key, message=text, level=level))
 
     @_by_flow
@@ -917,7 +913,7 @@ class Attempt:
         await self._enter()
         key = self._key(f"progress {done:g} {total} {message}")
         if key not in self.run.remarks:
-            text = self._mask(message)[:LONGEST_MESSAGE] if message else None
+            text = self.masking.mask(message)[:LONGEST_MESSAGE] if message else None
             await self._append(ev.ProgressReported(key=key, done=done, total=total, message=text))
 
     @_by_flow
@@ -928,45 +924,17 @@ class Attempt:
             raise StepError(f"An attachment's name is a plain file name, not {name!r}.")
         if not isinstance(content, bytes | bytearray):
             raise StepError(f"Attachment {name!r} takes bytes, not {type(content).__name__}.")
-        for secret_name in self._secrets.held_in(bytes(content)):
+        for secret_name in self.masking.held_in(bytes(content)):
             raise StepError(f"Attachment {name!r} holds the secret {secret_name!r}; it was not kept.")
         key = self._key(f"attach {name}")
-        path = self._folder() / name
-        if key not in self.run.remarks:
-            await self._keep(name, bytes(content), key)
-        return str(path)
-
-    def secret(self, name: str) -> str:
-        """`Flow.secret`."""
-        self._revealed[name] = self._secrets.get(name)
-        return self._revealed[name]
-
-    def reveal(self, value: Any, schema: Any) -> Any:
-        """An answer to what asked for this schema, with the secrets that it refers to."""
-        if places := secret_places(schema):
-            # In the order in which the code gets them, so that a step has one fingerprint in every attempt.
-            text = json.dumps(value)
-            self._revealed |= {name: secret for name, secret in self._answers.items() if name and name in text}
-        return reveal(value, places, self._answers)
-
-    async def _learn_secrets(self) -> None:
-        """Take in the secrets that were given as answers, and mask them from now on."""
-        self._answers = await self.store.secret_answers(self.run.run_id)
-        for reference, value in self._answers.items():
-            self._secrets.know(reference, value)
-
-    async def _learn_fields(self) -> None:
-        """Take in what the secret fields of the pages hold, as far as the pages tell, and mask it from now on."""
-        self._fields = self._fields | await self.pages.secrets()
-
-    def _mask(self, text: str) -> str:
-        """`text` without what is secret, as far as that is known."""
-        return self._fields.hide(self._secrets.mask(text))
+        if key in self.run.remarks:
+            return str(self._artifacts.folder / name)
+        return await self._artifacts.keep(name, bytes(content), key)
 
     async def _described(self, error: BaseException, step: str | None) -> ev.Failure:
         """An error as the journal keeps it: it may quote what was typed, and what a page shows of that."""
-        await self._learn_fields()
-        return describe(error, step, self._source_line, self._mask)
+        await self.masking.learn_fields()
+        return describe(error, step, self._source_line, self.masking.mask)
 
     # --- the page ---
 
@@ -1000,8 +968,8 @@ class Attempt:
     async def _note_page_event(self, what: str, details: dict[str, Any]) -> None:
         async with self._noting:  # in which they came
             if what in _QUOTING:
-                await self._learn_fields()
-            shown = {word: self._mask(str(value))[:LONGEST_MESSAGE] for word, value in details.items() if value}
+                await self.masking.learn_fields()
+            shown = {word: self.masking.mask(str(value))[:LONGEST_MESSAGE] for word, value in details.items() if value}
             observed = ev.PageObserved(what=what, details=shown)
             match what:
                 case "popup":
@@ -1027,39 +995,19 @@ class Attempt:
 
     async def _keep_download(self, path: Path, observed: ev.PageObserved) -> None:
         with suppress(OSError):  # whoever has removed it does not want it listed
-            content = await anyio.to_thread.run_sync(path.read_bytes)
-            digest = hashlib.sha256(content).hexdigest()
-            file = path.relative_to(self._folder()).as_posix()
-            await self._observe(observed, ev.ArtifactKept(file=file, size=len(content), sha256=digest))
+            await self._observe(observed, await self._artifacts.downloaded(path))
 
     async def _observe(self, *events: ev.Event, epoch: int | None = None) -> None:
         with suppress(FlowError):  # the run may have ended meanwhile
             await self.store.append(self.run.run_id, *events, epoch=epoch)
 
     async def _keep_evidence(self, moment: str) -> list[str]:
-        """A picture and a record of the page at the moment when the run fails or stops, as far as there is a page."""
-        image, text = await self.pages.evidence([*self._secrets.known.values(), *self._fields.values])
-        kept = []
-        with suppress(OSError):  # evidence must not hide the failure that it is about
-            if image:
-                kept.append(await self._keep(f"{moment}.png", image, None))
-            if text:
-                kept.append(await self._keep(f"{moment}.txt", text.encode("utf-8", "replace"), None))
-        return kept
+        """A picture and a record of the page at the moment when the run fails or stops."""
+        return await self._artifacts.keep_evidence(moment, self.masking.values)
 
     async def _keep_stop(self, moment: str) -> None:
         with suppress(FlowError):  # the run has gone on, or ended
             await self._keep_evidence(moment)
-
-    async def _keep(self, name: str, content: bytes, key: str | None) -> str:
-        path = self._folder() / name
-        await anyio.to_thread.run_sync(_write_private, path, content)
-        digest = hashlib.sha256(content).hexdigest()
-        await self._append(ev.ArtifactKept(file=name, size=len(content), sha256=digest, key=key))
-        return str(path)
-
-    def _folder(self) -> Path:
-        return private_folder(self.settings.run_folder(self.run.run_id))
 
     # --- from outside ---
 
@@ -1110,7 +1058,7 @@ class Attempt:
         file, line = next(own, next(iter(call.lines), (None, None)))
         if start := self._starts.get(key or ""):
             start.write_soon()  # who says what became of the step refers to its start
-        said = self._secrets.mask(action)[:500]
+        said = self.masking.mask(action)[:500]
         await self._hijacked(hijacked_at, ev.RunHijacked(step=key, action=said, file=file, line=line))
 
     async def _stop_between_steps(self, step: str | None) -> None:
@@ -1176,7 +1124,8 @@ class Attempt:
     def _key(self, name: str) -> str:
         try:
             # Only with what the code has got in this attempt: a name that came before must stay the same.
-            return scope.current().key(masked(name, self._revealed))
+            mask = self.masking.mask_given
+            return scope.current().key(mask(name) if mask else name)
         except LookupError as error:
             raise OutsideRun(f"{name!r} was called from a task that no run started.") from error
 
@@ -1230,7 +1179,7 @@ class Attempt:
             text, live = shape.encode(value)
         except ValueError as error:
             raise StepResultError(f"The result of step {name!r} can't be journaled: {error}.") from error
-        self._refuse_secrets(text, f"the result of step {name!r}")
+        self.masking.refuse(text, f"the result of step {name!r}")
         return text, live
 
     def _load(self, name: str, shape: Codec, value: Any) -> Any:
@@ -1242,12 +1191,3 @@ class Attempt:
             raise StepResultError(
                 f"The journaled result of step {name!r} no longer fits: {error}. Resume with rerun=[{name!r}]."
             ) from error
-
-    def _refuse_secrets(self, text: str, what: str) -> None:
-        for name in self._secrets.held_in_json(text):
-            raise StepResultError(f"The secret {name!r} is in {what}; it was not journaled.")
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(content)

@@ -219,10 +219,10 @@ class Flow:
             by=by,
             default=fallback,
             expires=self._expiry(expires),
-            accept=lambda value: shape.load(self._attempt.reveal(value, shape.schema)),
+            accept=lambda value: shape.load(self._attempt.masking.reveal(value, shape.schema)),
         )
         if settled.status == "answered":
-            return shape.load(self._attempt.reveal(settled.value, shape.schema))
+            return shape.load(self._attempt.masking.reveal(settled.value, shape.schema))
         if fallback is MISSING:
             raise RequestExpired(f"Nobody answered {prompt!r} in time, and it has no default.")
         return shape.load(fallback)
@@ -331,7 +331,7 @@ class Flow:
 
         Raises `StepError` when there is none, or when `secrets.toml` can be read by others.
         """
-        return self._attempt.secret(name)
+        return self._attempt.masking.secret(name)
 
     def _expiry(self, expires: Expiry | None) -> timedelta | datetime | None:
         """A moment in UTC, or how long after the wait has begun; raises `StepError` for what is no time."""
