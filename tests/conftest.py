@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 from clocks import Clock
+from forks import Forge
 
-from mcp_flow import catalog, config
+from mcp_flow import catalog, config, presence
+from mcp_flow.browser import host
 from mcp_flow.config import Settings
 from mcp_flow.store import Store
 
@@ -66,6 +70,26 @@ def one_reader(request: pytest.FixtureRequest, shared_child: Callable[[], Shared
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "OWN_READER", False):
             patch.setattr(catalog._Child, "start", shared_child)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[Forge]:
+    with Forge() as forge:
+        yield forge
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked(request: pytest.FixtureRequest, forge: Forge) -> Iterator[None]:
+    """Workers and browser hosts that are started from here are forked, as their imports take longer than most tests.
+
+    Not for modules that are about their start and say `OWN_IMPORTS`. What another process starts, such as a server,
+    starts as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "OWN_IMPORTS", False):
+            for module in (presence, host):
+                patch.setattr(module, "subprocess", SimpleNamespace(Popen=forge.start, DEVNULL=subprocess.DEVNULL))
         yield
 
 

@@ -179,11 +179,6 @@ def living(settings: Settings) -> list[HostInfo]:
     return [info for place in _places(settings) if (info := place.living())]
 
 
-def command(settings: Settings, headless: bool) -> list[str]:
-    """The command line of the host's process; the settings travel in its environment."""
-    return [sys.executable, "-m", "mcp_flow.browser.host", "headless" if headless else "headed"]
-
-
 def use(endpoint: str) -> IO[str]:
     """An open file that keeps the host from ending as unused until it is closed, or this process ends.
 
@@ -301,7 +296,8 @@ def _start(settings: Settings, headless: bool) -> subprocess.Popen[bytes]:
     config.private_folder(_log(settings).parent)
     with _open_private(_log(settings), create=True) as log:
         process = subprocess.Popen(
-            command(settings, headless),
+            # The settings travel in its environment; nothing is imported from the folder that we are in.
+            [sys.executable, "-P", "-m", "mcp_flow.browser.host", "headless" if headless else "headed"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
