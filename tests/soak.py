@@ -43,8 +43,9 @@ CALL_SECONDS = 60.0
 PACE = (0.5, 2.0)
 """Seconds between two strikes, at least and at most."""
 LEASE = 4.0
+KILLED = "workers killed"
 DEEDS = {
-    "workers killed": ("worker", signal.SIGKILL, 55),
+    KILLED: ("worker", signal.SIGKILL, 55),
     "workers stopped": ("worker", signal.SIGSTOP, 8),
     "workers told to end": ("worker", signal.SIGTERM, 12),
     "servers killed": ("server", signal.SIGKILL, 20),
@@ -178,7 +179,7 @@ class Soak:
                         tasks.start_soon(self._serve, number)
                     for _ in range(self.plan.workers):
                         tasks.start_soon(self._work)
-                    tasks.start_soon(self._strike, began + self.plan.seconds)
+                    tasks.start_soon(self._strike)
             if bound.cancelled_caught:
                 self.wrong.append(f"{len(self._left)} runs had not finished after {self.plan.limit:.0f} s")
             self.count["seconds"] = round(time.monotonic() - began)
@@ -320,10 +321,15 @@ class Soak:
             )
             await process.wait()
 
-    async def _strike(self, until: float) -> None:
+    async def _strike(self) -> None:
+        """Strike for so many seconds from when there is a worker, and at one first: it would show nothing otherwise."""
+        while self._left and not _workers(self.settings):
+            await anyio.sleep(0.05)
+        until = time.monotonic() + self.plan.seconds
         while self._left and time.monotonic() < until:
             await anyio.sleep(self._random.uniform(*PACE))
-            [deed] = self._random.choices(list(DEEDS), [share for _, _, share in DEEDS.values()])
+            shares = [share for _, _, share in DEEDS.values()]
+            [deed] = self._random.choices(list(DEEDS), shares) if self.count[KILLED] else [KILLED]
             kind, number, _ = DEEDS[deed]
             victims = {
                 "server": sorted(pid for pid in self._servers.values() if pid),
