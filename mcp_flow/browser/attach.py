@@ -122,6 +122,8 @@ async def find_pages(
         return {}
     ids = {} if known is None else known
     pages = [page for context in browser.contexts for page in context.pages]
+    for closed in ids.keys() - set(pages):
+        del ids[closed]
     asked = [page for page in pages if page not in ids]
     found = await asyncio.gather(*map(target_id_of, asked))
     ids |= {page: target_id for page, target_id in zip(asked, found, strict=True) if target_id}
