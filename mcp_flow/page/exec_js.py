@@ -5,34 +5,41 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import secrets as tokens
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from playwright.async_api import CDPSession, ConsoleMessage, Frame, Page
+from playwright.async_api import ConsoleMessage, Frame, Page
 from playwright.async_api import Error as PlaywrightError
 
 from mcp_flow.errors import EvaluationError, FlowError, InvalidInput
 from mcp_flow.page.access import Answered, cdp_session, dialogs_answered, turn
 from mcp_flow.page.fit import Fence
-from mcp_flow.page.guard import Secrets, aside, clean, gone, reaching, read_secrets, read_secrets_soon, shortened, whole
+from mcp_flow.page.guard import (
+    SECONDS_TO_TELL,
+    Secrets,
+    aside,
+    clean,
+    gone,
+    reaching,
+    read_secrets,
+    read_secrets_soon,
+    shortened,
+)
+from mcp_flow.page.packing import PACK, RUN_READ, RUN_WRITE, capped, unpacked, with_sources
+from mcp_flow.page.place import OBJECTS, Place, bound, release
 
 SECONDS = 5.0
 """How long the page may take to answer before any code of the caller runs."""
 MAX_CONSOLE = 50
 MAX_CONSOLE_LINE = 500
-KEEP_SECONDS = 0.2
-"""How long an element that is not there is waited for before it is counted how many there are."""
 SOURCE = "exec_js"
 """The name under which stack traces show the evaluated code."""
 
 _SIDE_EFFECT = "EvalError: Possible side-effect in debug-evaluate"
 _NAVIGATING = ("Page.frameRequestedNavigation", "Page.navigatedWithinDocument")
-_EXACT = 2**53
-_KEEP = "(element, key) => void Object.defineProperty(globalThis, key, {value: element, configurable: true})"
 _LOST = ("navigated or closed", "context was destroyed", "Cannot find context", "Promise was collected")
 
 
@@ -113,10 +120,10 @@ async def _evaluated(
     async with AsyncExitStack() as stack:
         try:
             async with reaching(page, SECONDS):
-                top = _Place(await cdp_session(page))
+                top = Place(await cdp_session(page))
                 reading = asyncio.create_task(read_secrets(page))
                 compiling = asyncio.create_task(_compiled(top, code, mode))  # code compiles without its element
-                binding = asyncio.create_task(_bound(stack, page, top, ref, locator))
+                binding = asyncio.create_task(bound(stack, page, top, ref, locator))
                 # No task group: on Python 3.11 one whose task fails may leave its caller with a cancellation pending.
                 tasks = (reading, compiling, binding)
                 try:
@@ -135,7 +142,8 @@ async def _evaluated(
             outcome = error
         if after is None:
             # Asked again: the code may have set a secret field, also before it failed.
-            after = await read_secrets_soon([page])
+            told, _ = await asyncio.gather(read_secrets_soon([page]), release(await cdp_session(page)))
+            after = told
     secrets = named | before | after
     if isinstance(outcome, _Outcome):
         return outcome.told(secrets, max_chars)
@@ -144,137 +152,16 @@ async def _evaluated(
     raise EvaluationError(text, shown_code=secrets.hide(code))
 
 
-async def _follow(page: Page, place: _Place) -> Secrets:
-    """What the secret fields hold once the code has begun; its element is let go of."""
-    found, _ = await asyncio.gather(read_secrets_soon([page]), place.forget())
+async def _follow(page: Page, place: Place) -> Secrets:
+    """What the secret fields hold once the code has begun; its element is let go of.
+
+    Of code that waits this is not the end, but the page remembers what it has set by then and may clear later.
+    """
+    found, _ = await asyncio.gather(read_secrets(page), place.forget())
     return found
 
 
-@dataclass(slots=True)
-class _Place:
-    """Where code runs: a session, the context of a child frame, and the name under which the page keeps an element."""
-
-    session: CDPSession
-    context: int | None = None
-    key: str | None = None
-
-    @property
-    def top(self) -> bool:
-        """Whether it is the page's main frame."""
-        return self.context is None
-
-    @property
-    def element(self) -> str:
-        """The expression that gives the element, while it is kept."""
-        return f"globalThis.{self.key}" if self.key else "undefined"
-
-    async def run(self, expression: str, **options: Any) -> dict[str, Any]:
-        """The answer to `Runtime.evaluate`."""
-        if self.context is not None:
-            options["contextId"] = self.context
-        return dict(await self.session.send("Runtime.evaluate", {"expression": expression, **options}))
-
-    async def forget(self) -> None:
-        """Let go of the element, if it still is kept."""
-        if not self.key:
-            return
-        let_go, self.key = f"delete {self.element}", None
-        with suppress(PlaywrightError, TimeoutError):
-            async with asyncio.timeout(1):
-                await self.run(let_go)
-
-
-async def _bound(stack: AsyncExitStack, page: Page, top: _Place, ref: str | None, selector: str | None) -> _Place:
-    """Where to evaluate, with the element kept there under an unguessable name until `stack` is left at latest."""
-    if ref is None and selector is None:
-        return top
-    key = f"__mcp_flow_{tokens.token_hex(16)}"
-    place = _Place(top.session, None, key)
-
-    async def leave() -> None:
-        await place.forget()
-        if place.session is not top.session:
-            with suppress(PlaywrightError, TimeoutError):
-                async with asyncio.timeout(1):
-                    await place.session.detach()
-
-    # Before it is kept: the other preparations may fail meanwhile and end this one.
-    stack.push_async_callback(leave)
-    await _keep_element(page, ref, selector, key)
-    frame = await _keeper(page, key)
-    if frame != page.main_frame:
-        place.session = await _session_of(page, frame)
-        place.context = await _context_of(place.session, key)
-    return place
-
-
-async def _keep_element(page: Page, ref: str | None, selector: str | None, key: str) -> None:
-    found = page.get_by_ref(ref) if ref is not None else page.locator(selector or "")
-    named = f"ref {ref!r}" if ref is not None else f"locator {selector!r}"
-    try:
-        count = 1
-        while count == 1:
-            # Counted only where it fails: to count costs as much as to find.
-            with suppress(PlaywrightError):
-                await found.evaluate(_KEEP, key, timeout=KEEP_SECONDS * 1000)
-                return
-            count = await found.count()
-    except PlaywrightError as error:
-        if "selector" not in error.message:
-            raise
-        count = 0
-        if "Invalid frame" not in error.message:
-            raise EvaluationError(f"{named} is no selector: {clean(error.message)[:300]}") from error
-    hint = "take a new snapshot and use a ref of it" if ref is not None else "it must match exactly one"
-    raise EvaluationError(f"{named} matches {count} elements; {hint}.")
-
-
-async def _keeper(page: Page, key: str) -> Frame:
-    """The frame whose page holds `key`."""
-    if len(page.frames) > 1:
-        for frame, keeps in zip(page.frames, await asyncio.gather(*(_keeps(f, key) for f in page.frames)), strict=True):
-            if keeps:
-                return frame
-    return page.main_frame
-
-
-async def _keeps(frame: Frame, key: str) -> bool:
-    with suppress(PlaywrightError):  # a frame that goes away keeps nothing
-        return bool(await frame.evaluate("key => Object.hasOwn(globalThis, key)", key))
-    return False
-
-
-async def _context_of(session: CDPSession, key: str) -> int:
-    """The context that keeps `key`: a child frame's number is only told to a session that asks for all of them."""
-    contexts: list[int] = []
-
-    def created(event: dict[str, Any]) -> None:
-        if event["context"]["auxData"].get("isDefault"):
-            contexts.append(event["context"]["id"])
-
-    session.on("Runtime.executionContextCreated", created)
-    await session.send("Runtime.enable")
-    for context in contexts:
-        answer = await _Place(session, context).run(f"Object.hasOwn(globalThis, '{key}')", returnByValue=True)
-        if answer["result"].get("value") is True:
-            return context
-    raise EvaluationError("The element's frame went away meanwhile; take a new snapshot.")
-
-
-async def _session_of(page: Page, frame: Frame) -> CDPSession:
-    """A session for the process that `frame` lives in: its own, an ancestor's or the page's."""
-    above: Frame | None = frame
-    while above is not None and above != page.main_frame:
-        try:
-            return await page.context.new_cdp_session(above)
-        except PlaywrightError as error:
-            if "separate CDP session" not in error.message:
-                raise
-            above = above.parent_frame
-    return await page.context.new_cdp_session(page)
-
-
-async def _compiled(place: _Place, code: str, mode: Literal["read", "write"]) -> str:
+async def _compiled(place: Place, code: str, mode: Literal["read", "write"]) -> str:
     """The code as the text of a function of `element`, in the first form that V8 compiles."""
     stripped = code.strip().rstrip("; \t\r\n")
     keyword = "" if mode == "read" else "async "
@@ -294,7 +181,7 @@ async def _compiled(place: _Place, code: str, mode: Literal["read", "write"]) ->
     raise EvaluationError(clean_lines(text))
 
 
-async def _problem(place: _Place, code: str, form: str) -> tuple[tuple[int, int], str] | None:
+async def _problem(place: Place, code: str, form: str) -> tuple[tuple[int, int], str] | None:
     # Making a function compiles its body and runs nothing; code that breaks out of the form has no effects.
     answer = await place.run(f"({form}, 0)", throwOnSideEffect=True, timeout=int(SECONDS * 1000))
     if (details := answer.get("exceptionDetails")) is None:
@@ -305,7 +192,7 @@ async def _problem(place: _Place, code: str, form: str) -> tuple[tuple[int, int]
     return at, f"{message} (line {min(at[0], last) + 1} of the code)"
 
 
-async def _has_async(place: _Place, code: str, form: str) -> bool:
+async def _has_async(place: Place, code: str, form: str) -> bool:
     """Whether `async` stands in it as a keyword and not merely in a text or as a name."""
     other = re.sub(r"\basync\b", "xsync", form)
     return other != form and await _problem(place, code, other) is not None
@@ -316,7 +203,7 @@ class _Attempt:
     """One evaluation of code that compiles."""
 
     page: Page
-    place: _Place
+    place: Place
     code: str
     mode: Literal["read", "write"]
     timeout_ms: int
@@ -332,7 +219,11 @@ class _Attempt:
             try:
                 packed = await (self._read if self.mode == "read" else self._write)(form, seen)
                 ms = (time.perf_counter() - started) * 1000
-                secrets = None if seen.waited else await following
+                secrets = None
+                if not seen.waited:
+                    with suppress(PlaywrightError, TimeoutError):
+                        async with asyncio.timeout(SECONDS_TO_TELL):
+                            secrets = await following
             finally:
                 following.cancel()
                 await asyncio.wait([following])
@@ -340,7 +231,7 @@ class _Attempt:
         return _Outcome(packed, seen, navigated, ms, secrets)
 
     async def _read(self, form: str, seen: _Seen) -> dict[str, Any]:
-        expression = f"((form, run) => run(form))({form}, {_RUN_READ % self._parts()})\n//# sourceURL={SOURCE}"
+        expression = f"((form, run) => run(form))({form}, {RUN_READ % self._parts()})\n//# sourceURL={SOURCE}"
         # Never awaitPromise here: it calls `then` of any object, outside V8's check for side effects.
         answer = await self._answer(
             self.place.run(expression, throwOnSideEffect=True, timeout=self.timeout_ms), self.timeout_ms / 1000
@@ -358,30 +249,32 @@ class _Attempt:
                 send(
                     "Runtime.callFunctionOn",
                     {
-                        "functionDeclaration": f"function (value) {{ return ({_PACK})(value, false, {self._budget}) }}",
+                        "functionDeclaration": f"function (value) {{ return ({PACK})(value, false, {self._budget}) }}",
                         "objectId": result["objectId"],
                         "arguments": [fields],
                         "throwOnSideEffect": True,
+                        "objectGroup": OBJECTS,
                     },
                 ),
                 max(0.1, self.timeout_ms / 1000 - (time.perf_counter() - started)),
             )
             result = answer["result"]
         if result["type"] == "string":
-            return _unpacked(result["value"])
+            return unpacked(result["value"])
         # V8 does not hand out a regular expression's source without side effects; its description has it.
         listed = await self.place.session.send(
             "Runtime.getProperties", {"objectId": result["objectId"], "ownProperties": True}
         )
         items = {item["name"]: item["value"] for item in listed["result"] if "value" in item}
-        packed = _unpacked(items["0"]["value"])
+        await release(self.place.session)
+        packed = unpacked(items["0"]["value"])
         sources = [items[str(index)]["description"] for index in range(1, int(items["length"]["value"]))]
-        packed["v"] = sources[packed["v"]] if packed["t"] == "RegExp" else _with_sources(packed["v"], sources)
+        packed["v"] = sources[packed["v"]] if packed["t"] == "RegExp" else with_sources(packed["v"], sources)
         return packed
 
     async def _write(self, form: str, seen: _Seen) -> dict[str, Any]:
         seen.waited = True
-        expression = f"((form, run) => run(form))({form}, {_RUN_WRITE % self._parts()})\n//# sourceURL={SOURCE}"
+        expression = f"((form, run) => run(form))({form}, {RUN_WRITE % self._parts()})\n//# sourceURL={SOURCE}"
         try:
             answer = await self._answer(
                 self.place.run(expression, awaitPromise=True, userGesture=True, timeout=self.timeout_ms),
@@ -390,13 +283,13 @@ class _Attempt:
         except _ContextLostError:
             seen.expected = True
             return {"t": "undefined", "v": None, "c": False, "s": False}
-        return _unpacked(answer["result"]["value"])
+        return unpacked(answer["result"]["value"])
 
     def _parts(self) -> dict[str, Any]:
         return {
             "element": self.place.element,
             "code": json.dumps(self.code),
-            "pack": _PACK,
+            "pack": PACK,
             "budget": self._budget,
         }
 
@@ -468,7 +361,7 @@ class _Outcome:
     def told(self, secrets: Secrets, max_chars: int) -> Evaluation:
         """The same without `secrets`, the value within `max_chars` characters."""
         packed, seen = self.packed, self.seen
-        value, kind, cut = _capped(secrets.hide_value(packed["v"]), packed, max_chars)
+        value, kind, cut = capped(secrets.hide_value(packed["v"]), packed, max_chars)
         return Evaluation(
             value,
             kind,
@@ -556,13 +449,13 @@ class _Seen:
 
 
 @asynccontextmanager
-async def _reading(page: Page, place: _Place) -> AsyncIterator[_Seen]:
+async def _reading(page: Page, place: Place) -> AsyncIterator[_Seen]:
     """Nothing to notice: code in `read` mode can neither log nor navigate nor open a dialog."""
     yield _Seen(page)
 
 
 @asynccontextmanager
-async def _watching(page: Page, place: _Place) -> AsyncIterator[_Seen]:
+async def _watching(page: Page, place: Place) -> AsyncIterator[_Seen]:
     """Notices what the code makes the page do."""
     seen = _Seen(page)
     main = ""
@@ -595,233 +488,3 @@ async def _watching(page: Page, place: _Place) -> AsyncIterator[_Seen]:
 
 def _lines(lines: Sequence[str], secrets: Secrets) -> tuple[str, ...]:
     return tuple(shortened(clean(secrets.hide(line)), MAX_CONSOLE_LINE) for line in lines[:MAX_CONSOLE])
-
-
-def _unpacked(text: str) -> dict[str, Any]:
-    """What the page packed. Its numbers are all doubles, of which a large one is no exact integer."""
-
-    def number(digits: str) -> int | float:
-        return exact if abs(exact := int(digits)) <= _EXACT else float(digits)
-
-    return dict(json.loads(text, parse_int=number))
-
-
-def _capped(value: Any, packed: dict[str, Any], max_chars: int) -> tuple[Any, str, bool]:
-    """The value, its type, and whether the value had to be cut to `max_chars` characters."""
-    kind = whole(str(packed["t"]))
-    value = _whole(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    if not packed["c"] and len(text) <= max_chars:
-        return value, kind, False
-    what = "its text" if isinstance(value, str) else "its JSON"
-    total = f" of {packed['n']}" if "n" in packed else ""
-    return text[:max_chars], f"{kind}, cut: the first {min(len(text), max_chars)}{total} characters of {what}", True
-
-
-def _whole(value: Any) -> Any:
-    """The value without lone surrogates, which no encoding of the answer would take."""
-    match value:
-        case str():
-            return whole(value)
-        case list():
-            return [_whole(item) for item in value]
-        case dict():
-            return {whole(key): _whole(item) for key, item in value.items()}
-        case _:
-            return value
-
-
-def _with_sources(value: Any, sources: list[str]) -> Any:
-    """The value with each numbered regular expression replaced by its text."""
-    match value:
-        case {"$RegExp": int(number), **rest} if not rest:
-            return {"$RegExp": sources[number]}
-        case {"$Object": dict(plain), **rest} if not rest:
-            return {"$Object": {key: _with_sources(item, sources) for key, item in plain.items()}}
-        case dict():
-            return {key: _with_sources(item, sources) for key, item in value.items()}
-        case list():
-            return [_with_sources(item, sources) for item in value]
-        case _:
-            return value
-
-
-_CALL = """
-  const literal = (value, code) => {
-    if (typeof value !== "function") return false;
-    const source = Function.prototype.toString.call(value);
-    return code.includes(source)
-      && /^(?:\\s|[();]|\\/\\/[^\\n]*|\\/\\*[^]*?\\*\\/)*$/.test(code.replace(source, () => ""));
-  };"""
-
-_RUN_READ = (
-    "(form) => {"
-    + _CALL
-    + """
-  const element = %(element)s;
-  let value = form(element);
-  if (literal(value, %(code)s)) value = value(element);
-  if (!ArrayBuffer.isView(value) && Object.prototype.toString.call(value) === "[object Promise]") return value;
-  return (%(pack)s)(value, false, %(budget)d);
-}"""
-)
-
-_RUN_WRITE = (
-    "async (form) => {"
-    + _CALL
-    + """
-  const element = %(element)s;
-  let value = await form(element);
-  if (literal(value, %(code)s)) value = await value(element);
-  return (%(pack)s)(value, true, %(budget)d);
-}"""
-)
-
-_PACK = r"""(value, effects, budget) => {
-  // Only what V8 holds for free of side effects: no delete, spread or class, no setting of an outer variable,
-  // no Map.forEach, no RegExp.source, no tag of a typed array.
-  const stack = [], paths = [], regexps = [];
-  // cut: not even its JSON is whole; short: it is, but some description in it is not, or a key is missing.
-  const state = {left: budget, cut: false, short: false};
-  const text = (string) => {
-    if (string.length > state.left) { state.cut = true; string = string.slice(0, state.left > 0 ? state.left : 0); }
-    state.left -= string.length + 2;
-    return JSON.stringify(string);
-  };
-  const brief = (string, limit) => {
-    if (string.length <= limit) return string;
-    state.short = true;
-    return string.slice(0, limit) + "\u2026";
-  };
-  const node = (it) => {
-    if (it.nodeType === 9) return "#document " + it.URL;
-    if (it.nodeType !== 1) return it.nodeName + ' "' + brief(String(it.nodeValue || "").trim(), 60) + '"';
-    let out = "<" + it.localName;
-    for (const name of ["id", "class", "type", "name", "role", "href"]) {
-      const held = it.getAttribute(name);
-      if (held) out += " " + name + '="' + brief(held, 40) + '"';
-    }
-    const whole = (it.textContent || "").trim(), inner = whole.slice(0, 400).replace(/\s+/g, " ");
-    if (inner.length > 60 || whole.length <= 400) return out + ">" + brief(inner, 60);
-    state.short = true;
-    return out + ">" + inner + "\u2026";
-  };
-  const list = (it, path) => {
-    let out = "[";
-    for (let i = 0; i < it.length; i++) {
-      if (state.left < 0) { state.cut = true; break; }
-      if (i) out += ",";
-      out += nested(it, i, path);
-    }
-    return out + "]";
-  };
-  const object = (it, path) => {
-    let out = "{", count = 0, tagged = false;
-    for (const key of Object.getOwnPropertySymbols(it)) {
-      const own = Object.getOwnPropertyDescriptor(it, key);
-      if (own && own.enumerable) state.short = true;
-    }
-    for (const key of Object.keys(it)) {
-      if (state.left < 0) { state.cut = true; break; }
-      tagged = count === 0 && key[0] === "$";
-      out += (count++ ? "," : "") + text(key) + ":" + nested(it, key, path);
-      state.left -= 2;
-    }
-    out += "}";
-    return tagged && count === 1 ? '{"$Object":' + out + "}" : out;
-  };
-  const entries = (it, path) => {
-    const items = [];
-    for (const item of it) { if (items.push(item) > state.left) { state.cut = true; break; } }
-    return list(items, path);
-  };
-  // [type, JSON text, whether JSON itself says the type]
-  const tag = (it, path) => {
-    if (it === null) return ["null", "null", true];
-    switch (typeof it) {
-      case "undefined": return ["undefined", "null", false];
-      case "boolean": return ["boolean", String(it), true];
-      case "string": return ["string", text(it), true];
-      case "number":
-        if (Object.is(it, -0)) return ["number", '"-0"', false];
-        return Number.isFinite(it) ? ["number", String(it), true] : ["number", '"' + it + '"', false];
-      case "bigint": return ["bigint", text(String(it)), false];
-      case "symbol": return ["symbol", text(Symbol.prototype.toString.call(it)), false];
-      case "function": return ["function", text(brief(Function.prototype.toString.call(it), 200)), false];
-    }
-    const seen = stack.indexOf(it);
-    if (seen >= 0) return ["cycle", text(paths[seen]), false];
-    if (stack.length > 60) { state.cut = true; return ["Object", '"\u2026"', false]; }
-    stack.push(it); paths.push(path);
-    try {
-      if (it.window === it) return ["Window", '"[Window]"', false];
-      if (Array.isArray(it)) return ["array", list(it, path), true];
-      if (ArrayBuffer.isView(it)) {
-        const name = String(it.constructor.name);
-        return name === "DataView" ? [name, text(it.byteLength + " bytes"), false] : [name, list(it, path), false];
-      }
-      const name = Object.prototype.toString.call(it).slice(8, -1);
-      if (typeof it.nodeType === "number" && typeof it.nodeName === "string") {
-        return [it.nodeType === 1 ? "Element" : it.nodeType === 9 ? "Document" : "Node", text(node(it)), false];
-      }
-      if (name === "Date") {
-        return ["Date", Number.isFinite(it.getTime()) ? text(it.toISOString()) : '"Invalid Date"', false];
-      }
-      if (name === "RegExp") return ["RegExp", effects ? text(String(it)) : String(regexps.push(it) - 1), false];
-      if (name === "Error" || name === "DOMException") {
-        return ["Error", text(String(it.name) + ": " + String(it.message)), false];
-      }
-      if (name === "Map") return ["Map", entries(it, path), false];
-      if (name === "Set") return ["Set", entries(it, path), false];
-      if (name === "ArrayBuffer") return [name, text(it.byteLength + " bytes"), false];
-      if (name === "URL" || name === "Location") return [name, text(it.href), false];
-      if (/(List|Collection|Arguments|NamedNodeMap)$/.test(name) && typeof it.length === "number") {
-        return [name, list(it, path), false];
-      }
-      if (/^DOM(Rect|Point)/.test(name)) {
-        const plain = {};
-        for (const key of ["x", "y", "z", "w", "width", "height", "top", "right", "bottom", "left"]) {
-          if (typeof it[key] === "number") plain[key] = it[key];
-        }
-        return [name, object(plain, path), false];
-      }
-      if (Object.keys(it).length === 0 && name !== "Object") {
-        if (effects && typeof it.toJSON === "function") return [name, nested([it.toJSON()], 0, path), false];
-        return [name, text("[object " + name + "]"), false];
-      }
-      return ["object", object(it, path), true];
-    } finally {
-      stack.pop(); paths.pop();
-    }
-  };
-  const guarded = (it, path) => {
-    try {
-      return tag(it, path);
-    } catch (error) {
-      return ["thrown", thrown(error), false];
-    }
-  };
-  const thrown = (error) => {
-    try { return text(String(error && error.message || error)); } catch { return '"unreadable"'; }
-  };
-  const nested = (holder, key, path) => {
-    let it;
-    try { it = holder[key]; } catch (error) { return '{"$thrown":' + thrown(error) + "}"; }
-    if (typeof it === "string") return text(it);
-    state.left -= 1;
-    if (typeof it === "number" && Number.isFinite(it) && !Object.is(it, -0)) {
-      const json = String(it);
-      state.left -= json.length;
-      return json;
-    }
-    const tagged = guarded(it, path + (typeof key === "number" ? "[" + key + "]" : "." + key));
-    if (tagged[2]) { state.left -= 4; return tagged[1]; }
-    state.left -= tagged[0].length + 6;
-    return '{"$' + tagged[0] + '":' + tagged[1] + "}";
-  };
-  const length = typeof value === "string" ? ',"n":' + value.length : "";
-  const [type, json] = guarded(value, "$");
-  const flags = ',"c":' + state.cut + ',"s":' + state.short;
-  const packed = '{"t":' + JSON.stringify(type) + ',"v":' + json + flags + length + "}";
-  return regexps.length ? [packed].concat(regexps) : packed;
-}"""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from playwright.async_api import Dialog, Page, Route
 from seeing import HOSTILE
 
-from mcp_flow.errors import EvaluationError, InvalidInput, PageGone
+from mcp_flow.errors import EvaluationError, FlowError, InvalidInput, PageGone
+from mcp_flow.page import place
 from mcp_flow.page.access import cdp_session
 from mcp_flow.page.exec_js import Evaluation, evaluate
 from mcp_flow.page.guard import HIDDEN
@@ -248,6 +249,19 @@ async def test_what_the_code_throws_is_an_error_with_its_place(page: Page, mode:
         await evaluate(page, code, mode=mode)
 
 
+async def test_an_element_that_takes_long_to_find_is_found(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    await page.set_content("<button>one</button><button>two</button>")
+    monkeypatch.setattr(place, "KEEP_SECONDS", 0.001)
+    assert (await evaluate(page, "element.textContent", locator="text=two")).value == "two"
+
+
+async def test_a_page_that_refuses_to_keep_an_element_is_said_to(page: Page) -> None:
+    await page.set_content("<button>one</button>")
+    await page.evaluate("() => { Object.defineProperty = () => { throw new Error('not here') } }")
+    with pytest.raises(FlowError, match="not here"):
+        await evaluate(page, "element.textContent", locator="button")
+
+
 @both
 async def test_a_ref_or_locator_binds_the_element(own_page: Page, mode: Mode) -> None:
     page = own_page
@@ -310,6 +324,18 @@ async def test_values_of_secret_fields_never_leave(page: Page, mode: Mode) -> No
     with pytest.raises(EvaluationError) as caught:
         await evaluate(page, "throw new Error(a.value)", mode=mode)
     assert "hunter22" not in str(caught.value)
+
+
+async def test_a_password_that_a_page_sets_before_it_is_busy_does_not_leave_when_it_answers_late(page: Page) -> None:
+    await page.set_content("<input type=password id=a>")
+
+    async def be_busy() -> None:
+        busy = "const end = Date.now() + 1500; while (Date.now() < end);"
+        await page.evaluate(f"() => {{ a.value = 'late-secret'; setTimeout(() => {{ {busy} }}) }}")
+
+    assert (await evaluate(page, "a.value", take=be_busy)).value == HIDDEN
+    slow = "const held = a.value, end = Date.now() + 1500; while (Date.now() < end); return held"
+    assert (await evaluate(page, slow)).value == HIDDEN
 
 
 async def test_a_password_that_is_typed_while_code_waits_for_it_does_not_leave_either(page: Page) -> None:
