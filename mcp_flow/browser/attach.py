@@ -18,13 +18,6 @@ KEPT_SECONDS = 10.0
 """How long a connection is kept after its use: whoever looks or acts does so several times in a row."""
 
 
-@dataclass(slots=True)
-class _Connection:
-    browser: Browser
-    ids: dict[Page, str] = field(default_factory=dict)
-    expiry: asyncio.TimerHandle | None = None
-
-
 class Visits:
     """The pages of runs as one process reaches them, each time over a connection that nobody else uses.
 
@@ -40,17 +33,14 @@ class Visits:
     @contextlib.asynccontextmanager
     async def page(self, host: HostInfo, target_id: str) -> AsyncIterator[Page]:
         """The page with this target id, to look at or to act on, which stays open. Raises `PageGone`."""
-        connection = await self._connection(host.endpoint)
+        connection, page = await self._reach(host.endpoint, target_id)
         try:
-            if page := (await find_pages(connection.browser, {target_id}, connection.ids)).get(target_id):
-                yield page
-            else:
-                raise PageGone("The page is not open any more; resume the run to have it rebuilt.")
+            yield page
         except BaseException:
-            await wind_up(connection.browser.close(), CLOSE_SECONDS)
+            await connection.end()
             raise
         if host.endpoint in self._kept:
-            await wind_up(connection.browser.close(), CLOSE_SECONDS)
+            await connection.end()
         else:
             self._kept[host.endpoint] = connection
             expire = partial(self._expire, host.endpoint, connection)
@@ -58,36 +48,74 @@ class Visits:
 
     async def close(self) -> None:
         """End the driver, and with it every connection."""
+        kept, self._kept = self._kept, {}
+        for connection in kept.values():
+            connection.wanted()
         await self._driver.stop()
 
-    async def _connection(self, endpoint: str) -> _Connection:
+    async def _reach(self, endpoint: str, target_id: str) -> tuple[_Connection, Page]:
         if kept := self._kept.pop(endpoint, None):
-            if kept.expiry:
-                kept.expiry.cancel()
-            if kept.browser.is_connected():
-                return kept
-        return _Connection(await self._driver.connect(endpoint))
+            kept.wanted()
+            if page := await kept.page(target_id):
+                return kept, page
+        # A driver or a host that died meanwhile is noticed on connecting only, and so is what opened a moment ago.
+        fresh = _Connection(await self._driver.connect(endpoint))
+        if page := await fresh.page(target_id):
+            return fresh, page
+        raise _not_open()
 
     def _expire(self, endpoint: str, connection: _Connection) -> None:
         del self._kept[endpoint]
-        ending = asyncio.create_task(wind_up(connection.browser.close(), CLOSE_SECONDS))
+        ending = asyncio.create_task(connection.end())
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
 
 
-async def attach(driver: Driver, host: HostInfo, target_id: str) -> Page:
-    """The page with this target id, over a connection of its own, for someone who only looks in.
+@dataclass(slots=True)
+class _Connection:
+    """A connection to a host, and the target ids of the pages that have been seen on it."""
 
-    `await page.context.browser.close()` ends the connection and leaves the page. Raises `PageGone`.
+    browser: Browser
+    ids: dict[Page, str] = field(default_factory=dict)
+    expiry: asyncio.TimerHandle | None = None
+
+    async def page(self, target_id: str) -> Page | None:
+        """The page with this target id; where it is not there, or nothing answers, None, and the connection ends."""
+        found = None
+        try:
+            with contextlib.suppress(Error, TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    if self.ids and (contexts := self.browser.contexts):
+                        # What has closed is heard of before this is answered.
+                        await contexts[0].cookies("http://localhost")
+                    found = (await find_pages(self.browser, {target_id}, self.ids)).get(target_id)
+        finally:
+            if found is None:
+                await self.end()
+        return found
+
+    def wanted(self) -> None:
+        """Do not let it expire."""
+        if self.expiry:
+            self.expiry.cancel()
+
+    async def end(self) -> None:
+        """End it; the pages stay."""
+        await wind_up(self.browser.close(), CLOSE_SECONDS)
+
+
+async def attach(driver: Driver, host: HostInfo, target_id: str) -> Page:
+    """The page with this target id, over a connection that is the caller's to end. Raises `PageGone`.
+
+    `await page.context.browser.close()` ends the connection and leaves the page.
     """
-    browser = await driver.connect(host.endpoint)
-    try:
-        if page := (await find_pages(browser, {target_id})).get(target_id):
-            return page
-        raise PageGone("The page is not open any more; resume the run to have it rebuilt.")
-    except BaseException:
-        await wind_up(browser.close(), CLOSE_SECONDS)
-        raise
+    if page := await _Connection(await driver.connect(host.endpoint)).page(target_id):
+        return page
+    raise _not_open()
+
+
+def _not_open() -> PageGone:
+    return PageGone("The page is not open any more; resume the run to have it rebuilt.")
 
 
 async def close_context(driver: Driver, host: HostInfo, target_id: str) -> None:

@@ -99,6 +99,8 @@ class Driver:
         starting = self._starting
         if starting and starting.done() and starting.result() is dead:
             self._starting = None
+            if self._watching and self._watching is not asyncio.current_task():
+                self._watching.cancel()
             await self._stop(starting)
 
     async def _stop(self, starting: asyncio.Task[Playwright]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +38,27 @@ def processes(mark: str) -> list[str]:
 def parent(line: str) -> int:
     """The pid of the parent of a process that `processes` listed."""
     return int(subprocess.run(["ps", "-o", "ppid=", line.split()[0]], capture_output=True, text=True).stdout)
+
+
+def own_drivers() -> set[int]:
+    """The pids of Playwright's drivers that this process has started."""
+    return {int(line.split()[0]) for line in processes("run-driver") if parent(line) == os.getpid()}
+
+
+def forget_dead_drivers() -> None:
+    """Playwright keeps the error of a dead driver in a future that nobody reads.
+
+    The garbage collector would find it in some later test, and fail that.
+    """
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(
+        lambda loop, context: (
+            None if "from the driver" in str(context.get("exception")) else handler and handler(loop, context)
+        )
+    )
+    gc.collect()
+    loop.set_exception_handler(handler)
 
 
 def run_python(code: str, *args: str) -> subprocess.Popen[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 
 import anyio
 import pytest
 from playwright.async_api import Browser, Page
+from processes import forget_dead_drivers, own_drivers
 
 from mcp_flow.browser import attach as attaching
 from mcp_flow.browser.attach import Visits
@@ -78,6 +81,41 @@ async def test_a_connection_on_which_something_failed_or_was_given_up_is_ended(
     with pytest.raises(PageGone):
         async with visits.page(shared_host, record.target_id):
             pass
+
+
+async def test_a_page_is_found_again_after_the_driver_has_died(open_session: Opener, shared_host: HostInfo) -> None:
+    session = await open_session()
+    await session.page()
+    (record,) = await session.records()
+    await lose_a_driver_and_find(shared_host, record.target_id)
+    forget_dead_drivers()
+
+
+async def lose_a_driver_and_find(host: HostInfo, target_id: str) -> None:
+    visits, before = Visits(), own_drivers()
+    async with visits.page(host, target_id):
+        (pid,) = own_drivers() - before
+    os.kill(pid, signal.SIGKILL)
+    async with visits.page(host, target_id) as seen:
+        assert await seen.evaluate("1 + 1") == 2
+    await visits.close()
+
+
+async def test_a_page_that_has_closed_since_is_not_handed_out(
+    visits: Visits, open_session: Opener, shared_host: HostInfo
+) -> None:
+    session = await open_session()
+    await session.page()
+    other = await session.page("other")
+    target_ids = {record.name: record.target_id for record in await session.records()}
+    async with visits.page(shared_host, target_ids["other"]):
+        pass
+    await other.close()
+    with pytest.raises(PageGone):
+        async with visits.page(shared_host, target_ids["other"]):
+            pass
+    async with visits.page(shared_host, target_ids["main"]) as seen:
+        assert not seen.is_closed()
 
 
 async def test_a_connection_that_nobody_comes_back_to_is_ended(

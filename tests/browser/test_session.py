@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from playwright.async_api import Error
-from processes import parent, processes, run_python, until
+from processes import forget_dead_drivers, own_drivers, processes, run_python, until
 
 from mcp_flow.browser import driver as driver_module
 from mcp_flow.browser import host
@@ -442,18 +441,8 @@ async def test_a_dead_driver_fails_the_calls_in_flight_and_is_replaced(
     shared_host: HostInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver_module, "WATCH_SECONDS", 0.1)
-    # Playwright keeps the error of a dead driver in a future that nobody reads; the garbage collector would find it in
-    # some later test, and fail that.
-    loop = asyncio.get_running_loop()
-    handler = loop.get_exception_handler()
     await lose_a_driver_and_get_another(shared_host)
-    loop.set_exception_handler(
-        lambda loop, context: (
-            None if "from the driver" in str(context.get("exception")) else handler and handler(loop, context)
-        )
-    )
-    gc.collect()
-    loop.set_exception_handler(handler)
+    forget_dead_drivers()
 
 
 async def lose_a_driver_and_get_another(shared_host: HostInfo) -> None:
@@ -470,10 +459,6 @@ async def lose_a_driver_and_get_another(shared_host: HostInfo) -> None:
         again = await driver.connect(shared_host.endpoint)
         for context in again.contexts:
             await context.close()
-
-
-def own_drivers() -> set[int]:
-    return {int(line.split()[0]) for line in processes("run-driver") if parent(line) == os.getpid()}
 
 
 async def expect_error(work: Awaitable[Any]) -> None:
