@@ -177,7 +177,6 @@ class _Transaction:
         if cached is not None and run_id in self._current:
             return cached
         if cached is None:
-            self._projected.pop(run_id, None)
             number, tip, run = self.number(run_id), ev.genesis(run_id), Run(run_id)
         else:
             number, tip, run = cached
@@ -440,6 +439,8 @@ class _Connection:
                 unreadable.append(run_id)
                 continue
             self.transaction.project_run(number, run, 0)
+        # A row counts as written only as long as its run is cached, or what others write would go unnoticed.
+        self.transaction.forget_all()
         return unreadable
 
 
