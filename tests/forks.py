@@ -149,8 +149,11 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> None:
     for file in files:
         os.close(file)
     for file, number in zip([os.open(os.devnull, os.O_RDONLY), *kept], [0, *request["files"]], strict=True):
-        os.dup2(file, number)
-        os.close(file)
+        if file == number:
+            os.set_inheritable(file, True)
+        else:
+            os.dup2(file, number)
+            os.close(file)
     module, *arguments = request["command"]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -77,6 +77,9 @@ async def nap(flow: Flow) -> None:
     await flow.sleep(0.5)
 '''
 
+# Processes are told by their command and their environment here.
+OWN_IMPORTS = True
+
 
 @pytest.fixture(scope="module")
 async def home(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settings]:

@@ -20,6 +20,8 @@ from mcp_flow.browser.host import HostInfo
 from mcp_flow.config import Settings
 from mcp_flow.errors import BrowserMissing, BrowserUnavailable
 
+# Processes are told by their command here.
+OWN_IMPORTS = True
 pytestmark = pytest.mark.anyio
 
 ENSURE = """
