@@ -84,11 +84,11 @@ class _Connection:
         found = None
         try:
             with contextlib.suppress(Error, TimeoutError):
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    if self.ids and (contexts := self.browser.contexts):
-                        # What has closed is heard of before this is answered.
+                if self.ids and (contexts := self.browser.contexts):
+                    # What has closed is heard of before this is answered.
+                    async with asyncio.timeout(CLOSE_SECONDS):
                         await contexts[0].cookies("http://localhost")
-                    found = (await find_pages(self.browser, {target_id}, self.ids)).get(target_id)
+                found = (await find_pages(self.browser, {target_id}, self.ids)).get(target_id)
         finally:
             if found is None:
                 await self.end()

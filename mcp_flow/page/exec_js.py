@@ -117,10 +117,11 @@ async def _evaluated(
     before = Secrets()
     after: Secrets | None = None
     outcome: _Outcome | EvaluationError
+    async with reaching(page, SECONDS):
+        top = Place(await cdp_session(page))
     async with AsyncExitStack() as stack:
         try:
             async with reaching(page, SECONDS):
-                top = Place(await cdp_session(page))
                 reading = asyncio.create_task(read_secrets(page))
                 compiling = asyncio.create_task(_compiled(top, code, mode))  # code compiles without its element
                 binding = asyncio.create_task(bound(stack, page, top, ref, locator))
@@ -142,7 +143,7 @@ async def _evaluated(
             outcome = error
         if after is None:
             # Asked again: the code may have set a secret field, also before it failed.
-            told, _ = await asyncio.gather(read_secrets_soon([page]), release(await cdp_session(page)))
+            told, _ = await asyncio.gather(read_secrets_soon([page]), release(top.session))
             after = told
     secrets = named | before | after
     if isinstance(outcome, _Outcome):
