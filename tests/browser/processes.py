@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -42,13 +43,20 @@ def parent(line: str) -> int:
 
 def own_drivers() -> set[int]:
     """The pids of Playwright's drivers that this process has started."""
-    return {int(line.split()[0]) for line in processes("run-driver") if parent(line) == os.getpid()}
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True).stdout
+    rows = [line.split(maxsplit=3) for line in listed.splitlines()[1:]]
+    return {
+        int(pid)
+        for pid, ppid, stat, args in rows
+        if "run-driver" in args and int(ppid) == os.getpid() and stat[0] != "Z"
+    }
 
 
-def forget_dead_drivers() -> None:
-    """Playwright keeps the error of a dead driver in a future that nobody reads.
+@contextlib.contextmanager
+def losing_drivers() -> Iterator[None]:
+    """Playwright keeps the error of a dead driver in futures that nobody reads, which would fail this or a later test.
 
-    The garbage collector would find it in some later test, and fail that.
+    What dies in here must not be held any more at its end.
     """
     loop = asyncio.get_running_loop()
     handler = loop.get_exception_handler()
@@ -57,8 +65,11 @@ def forget_dead_drivers() -> None:
             None if "from the driver" in str(context.get("exception")) else handler and handler(loop, context)
         )
     )
-    gc.collect()
-    loop.set_exception_handler(handler)
+    try:
+        yield
+        gc.collect()
+    finally:
+        loop.set_exception_handler(handler)
 
 
 def run_python(code: str, *args: str) -> subprocess.Popen[str]:

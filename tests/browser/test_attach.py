@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import anyio
 import pytest
 from playwright.async_api import Browser, Page
-from processes import forget_dead_drivers, own_drivers
+from processes import losing_drivers, own_drivers
 
 from mcp_flow.browser import attach as attaching
 from mcp_flow.browser.attach import Visits
@@ -87,8 +87,8 @@ async def test_a_page_is_found_again_after_the_driver_has_died(open_session: Ope
     session = await open_session()
     await session.page()
     (record,) = await session.records()
-    await lose_a_driver_and_find(shared_host, record.target_id)
-    forget_dead_drivers()
+    with losing_drivers():
+        await lose_a_driver_and_find(shared_host, record.target_id)
 
 
 async def lose_a_driver_and_find(host: HostInfo, target_id: str) -> None:

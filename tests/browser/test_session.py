@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from playwright.async_api import Error
-from processes import forget_dead_drivers, own_drivers, processes, run_python, until
+from processes import losing_drivers, own_drivers, processes, run_python, until
 
 from mcp_flow.browser import driver as driver_module
 from mcp_flow.browser import host
@@ -441,8 +441,8 @@ async def test_a_dead_driver_fails_the_calls_in_flight_and_is_replaced(
     shared_host: HostInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver_module, "WATCH_SECONDS", 0.1)
-    await lose_a_driver_and_get_another(shared_host)
-    forget_dead_drivers()
+    with losing_drivers():
+        await lose_a_driver_and_get_another(shared_host)
 
 
 async def lose_a_driver_and_get_another(shared_host: HostInfo) -> None:
