@@ -295,7 +295,7 @@ SERVER_LINES = [
 
 
 async def test_an_element_that_is_covered_is_said_to_be(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "ACTION_SECONDS", 1.5)
+    monkeypatch.setattr(engine, "ACTION_SECONDS", 3.0)
     eyes = await look_at(page, "<button>Pay</button><div style='position:fixed;inset:0' id=veil>Wait</div>")
     acted = await eyes.act({"op": "click", "ref": eyes.ref("Pay")})
     assert "intercepts pointer events" in str(acted.error)
