@@ -643,7 +643,8 @@ class _Hands:
             locator.count(), self._code(locator), self._is_secret(locator, action), self._known_secrets()
         )
         self._in_secret = secret
-        self._secrets = secrets | Secrets.of([action.text]) if secret else secrets
+        # Of an element that is not there nothing can be said, and nothing is typed into it.
+        self._secrets = secrets | Secrets.of([action.text]) if secret and count else secrets
         return count, _Target(locator, code) if code else None
 
     async def _code(self, locator: Locator) -> str | None:

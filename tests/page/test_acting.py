@@ -294,6 +294,21 @@ SERVER_LINES = [
 ]
 
 
+async def test_what_is_typed_into_a_plain_field_is_told_also_of_one_in_a_shadow_root_and_of_a_healed_one(
+    page: Page,
+) -> None:
+    shadow = (
+        "<div id=host></div><script>host.attachShadow({mode: 'open'}).innerHTML = '<input aria-label=Deep>'</script>"
+    )
+    eyes = await look_at(page, f"{shadow}<input aria-label=Plain>")
+    acted = await eyes.act({"op": "fill", "ref": eyes.ref("Deep"), "value": "two words"})
+    assert acted.python == ('await page.get_by_role("textbox", name="Deep").fill("two words")',)
+    await page.evaluate("() => { document.querySelector('input').outerHTML = '<input aria-label=Plain>' }")
+    acted = await eyes.act({"op": "fill", "ref": eyes.ref("Plain"), "value": "two words"})
+    assert acted.healed
+    assert acted.python == ('await page.get_by_role("textbox", name="Plain").fill("two words")',)
+
+
 async def test_an_element_that_is_covered_is_said_to_be(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ACTION_SECONDS", 3.0)
     eyes = await look_at(page, "<button>Pay</button><div style='position:fixed;inset:0' id=veil>Wait</div>")
