@@ -58,12 +58,15 @@ class Forked:
             os.kill(self.pid, signal.SIGKILL)
 
 
-class Forge:
-    """Where processes of the product are forked; a context manager, which those that are left outlive."""
+class Forking:
+    """A process that forks others: it runs `serve(path)` of a module here, its stdin a socket with whose end it ends.
 
-    def __init__(self) -> None:
+    The `path` is that from which it would have imported by itself.
+    """
+
+    def __init__(self, module: str) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = f"import sys; own = sys.path[:]; sys.path[:] = {sys.path!r}; import forks; forks.serve(own)"
+        code = f"import sys; own = sys.path[:]; sys.path[:] = {sys.path!r}; import {module}; {module}.serve(own)"
         with theirs:
             self._process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=theirs.fileno())
 
@@ -73,6 +76,13 @@ class Forge:
     def __exit__(self, *_: object) -> None:
         self._control.close()
         self._process.wait(20)
+
+
+class Forge(Forking):
+    """Where processes of the product are forked; a context manager, which those that are left outlive."""
+
+    def __init__(self) -> None:
+        super().__init__("forks")
 
     def start(
         self,

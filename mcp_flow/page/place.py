@@ -88,18 +88,20 @@ async def bound(stack: AsyncExitStack, page: Page, top: Place, ref: str | None, 
     return place
 
 
-async def _keep_element(page: Page, ref: str | None, selector: str | None, key: str) -> Any:
+async def _keep_element(page: Page, ref: str | None, selector: str | None, key: str) -> None:
     found = page.get_by_ref(ref) if ref is not None else page.locator(selector or "")
     named = f"ref {ref!r}" if ref is not None else f"locator {selector!r}"
     try:
         try:
-            return await found.evaluate(_KEEP, key, timeout=KEEP_SECONDS * 1000)
+            await found.evaluate(_KEEP, key, timeout=KEEP_SECONDS * 1000)
+            return
         except PlaywrightError as error:
             # Counted only where it fails: to count costs as much as to find.
             if (count := await found.count()) == 1 and not isinstance(error, PlaywrightTimeout):
                 raise
         if count == 1:  # and it only takes long to find
-            return await found.evaluate(_KEEP, key)
+            await found.evaluate(_KEEP, key)
+            return
     except PlaywrightError as error:
         if "selector" not in error.message:
             raise

@@ -14,15 +14,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import traceback
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import anyio
 from faults import Deed, Fault, plant
+from forks import Forking
 
 from mcp_flow.config import Settings, load, private_folder
 
@@ -105,22 +104,12 @@ class Child:
             await self.dead.wait()
 
 
-class Nursery:
+class Nursery(Forking):
     """Where children come from; a context manager. Those that are left are killed at its end."""
 
     def __init__(self) -> None:
+        super().__init__("nursery")
         self._children: list[Child] = []
-        self._control, theirs = socket.socketpair()
-        code = f"import sys; sys.path[:] = {sys.path!r}; import nursery; nursery.serve()"
-        with theirs:
-            self._process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=theirs.fileno())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._control.close()
-        self._process.wait(20)
 
     async def worker(
         self,
@@ -184,7 +173,7 @@ class Nursery:
 # --- the other side ---
 
 
-def serve() -> None:
+def serve(_: list[str]) -> None:
     """Fork for every request until stdin ends."""
     for name in PRELOADED:
         importlib.import_module(name)
